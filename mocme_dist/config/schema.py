@@ -1,0 +1,270 @@
+"""Every setting there is, with its default, its range and one sentence on what it does.
+
+Defaults live here and nowhere else; a file in configs/ holds differences only. Code takes the section it needs.
+Where a value is the paper's it says so; the others are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+MODALITIES = ("structure", "text", "image", "numeric")
+Modality = Literal["structure", "text", "image", "numeric"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: read only, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_dev(value: str) -> str:
+    if value == "file":
+        return value
+    kind, _, share = value.partition(":")
+    try:
+        fraction = float(share)
+    except ValueError:
+        fraction = -1.0
+    if kind != "cut" or not 0 < fraction < 1:
+        raise ValueError("expected 'file' or 'cut:F' with 0 < F < 1, as in cut:0.1")
+    return value
+
+
+class DataConfig(Section):
+    """Where the graph comes from and how strict its reading is."""
+
+    raw: str | None = Field(None, description="Raw folder; train packs and extracts whatever is missing from it.")
+    dataset: str | None = Field(None, description="Packed data set directory; with data.raw the default is RUN_DIR/dataset.")
+    shard_rows: int = Field(4096, ge=1, description="Entities per WebDataset shard.")
+    seed: int = Field(0, ge=0, description="Seed of the permutation that gives entities their ids, and of the dev cut.")
+    dev: Annotated[str, AfterValidator(_check_dev)] = Field(
+        "file", description="Development set: 'file' is valid.txt; 'cut:F' holds the share F of train out instead (for leaked valid files)."
+    )
+    text_columns: tuple[str, ...] = Field(
+        ("label", "description", "aliases"), min_length=1, description="Columns of text.tsv that make an entity's text, in this order."
+    )
+    unseen: Literal["error", "skip", "keep"] = Field(
+        "error", description="Valid and test triples whose entity or relation train never shows: stop, leave out, or rank them all the same."
+    )
+    allow_leakage: bool = Field(False, description="Accept test triples that also stand in train.")
+    max_missing: float = Field(1.0, ge=0, le=1, description="Largest share of entities without any modality that is accepted.")
+
+
+class TextEncoderConfig(Section):
+    """Frozen text encoder (transformers)."""
+
+    model: str = Field("bert-base-uncased", description="Local folder, 'package:IMPORT_NAME/sub/folder', or a hub name.")
+    random_weights: bool = Field(False, description="Build the model with random weights (tests); said loudly.")
+    pooling: Literal["mean", "cls"] = Field("mean", description="How token vectors become one.")
+    max_tokens: int = Field(128, ge=2, description="Longer texts are cut.")
+    batch_size: int = Field(32, ge=1, description="Texts per forward pass.")
+
+
+class ImageEncoderConfig(Section):
+    """Frozen picture encoder."""
+
+    model: str = Field(
+        "torchvision:vgg16",
+        description="'torchvision:NAME', 'transformers:FOLDER_OR_NAME', or 'module:function' that returns a frozen encoder (see encoders/image.py).",
+    )
+    weights: str | None = Field(
+        None, description="State-dict file (.pth read with weights_only, or .safetensors) for torchvision models; None asks torchvision's own."
+    )
+    random_weights: bool = Field(False, description="Build the model with random weights (tests); said loudly.")
+    size: int = Field(224, ge=8, description="Pictures are resized to size x size pixels.")
+    batch_size: int = Field(16, ge=1, description="Pictures per forward pass.")
+
+
+class NumericEncoderConfig(Section):
+    """Numbers per attribute: robust scaling, value and presence side by side."""
+
+    max_attributes: int = Field(256, ge=1, description="The most frequent attributes kept; the rest are counted and left out.")
+
+
+class EncodersConfig(Section):
+    """Frozen encoders, one section a modality, and the actors that run them."""
+
+    text: TextEncoderConfig = TextEncoderConfig()
+    image: ImageEncoderConfig = ImageEncoderConfig()
+    numeric: NumericEncoderConfig = NumericEncoderConfig()
+    actors: int = Field(2, ge=1, description="Ray Data actors; each holds one encoder.")
+    cpus_per_actor: float = Field(1, gt=0, description="CPUs (and torch threads) of an actor.")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs of an actor; a fraction shares one.")
+    dtype: Literal["float16", "float32"] = Field("float16", description="Type of feature values on disk.")
+    strict: bool = Field(False, description="A sample that cannot be decoded stops the job instead of being counted as absent.")
+    max_member_mb: int = Field(64, ge=1, description="Tar members above this are refused unread.")
+    max_pixels: int = Field(50_000_000, ge=1, description="Pictures above this are refused undecoded.")
+
+
+class FeaturesConfig(Section):
+    """How a rank holds the features of its entities while training."""
+
+    residency: Literal["host", "device", "mmap"] = Field("host", description="Host memory, device memory, or mapped from disk.")
+
+
+class EntitiesConfig(Section):
+    """The row-sharded table of structural embeddings; it stays outside the engine."""
+
+    optimizer: Literal["adam", "adagrad"] = Field("adam", description="Row-wise optimizer on touched rows; adagrad keeps one number a row.")
+    learning_rate: float | None = Field(None, gt=0, description="Of the rows; None takes train.learning_rate.")
+    init_range: float | None = Field(None, gt=0, description="Rows start uniform in [-r, r]; None is RotatE's (gamma + 2) / D.")
+    row_weight_decay: float = Field(0.0, ge=0, description="L2 penalty on touched rows, added to their gradient.")
+
+
+class ProjectionConfig(Section):
+    """Linear-ReLU-Linear from a modality's raw width to D, one a modality."""
+
+    hidden: int | None = Field(None, ge=1, description="Width of the hidden layer; None is D.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="On projected features.")
+    structure: Literal["mlp", "identity"] = Field("mlp", description="Whether the structure row passes the projection (paper: mlp) or skips it.")
+
+
+class ExpertsConfig(Section):
+    """Mixture of K experts inside each modality, no gate."""
+
+    num_experts: int = Field(3, ge=1, description="K; equal for all modalities so that they run as one batched product (paper: number of modalities).")
+    width: int = Field(256, ge=2, multiple_of=2, description="D, width in real numbers; read as D / 2 complex numbers when scoring (paper: 256).")
+    residual: bool = Field(False, description="Expert k gives x + f_k(x) instead of f_k(x).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="On the experts' hidden layer.")
+
+
+class MineConfig(Section):
+    """Mutual information by Donsker-Varadhan statistics networks, one a pair."""
+
+    hidden: int = Field(64, ge=1, description="Width of the statistics networks.")
+    learning_rate: float = Field(1e-3, gt=0, description="Of the statistics networks; they ascend the bound on detached views.")
+    ema: float = Field(0.95, ge=0, lt=1, description="Decay of the moving average of the estimates that the fusion uses.")
+    bounded: bool = Field(
+        True, description="Estimate on held-out entities, clip T and cap at log n. False: the paper's raw estimate from the rows just trained on."
+    )
+    clip: float = Field(10.0, gt=0, description="With bounded: |T| is clipped to this inside the exponential (SMILE).")
+    every: int = Field(1, ge=1, description="Estimate and train the networks at every n-th step.")
+    rows: int = Field(0, ge=0, description="Use at most this many rows of a rank's batch for the estimate; 0 uses all.")
+
+
+class FusionConfig(Section):
+    """Complementarity weights: intra-modal over experts, then inter-modal over modalities."""
+
+    estimator: Literal["mine", "cosine", "uniform", "attention"] = Field("mine", description="What the weights come from; the others are controls.")
+    scope: Literal["global", "entity"] = Field("global", description="One weight a pair for all entities, or the pointwise term of each entity.")
+    weight_gradient: Literal["stop", "flow"] = Field("stop", description="Whether the completion loss reaches the views through the weights.")
+    temperature: float = Field(1.0, gt=0, description="Divides mutual information before the softmax.")
+    normalize: bool = Field(True, description="Divide mutual information by log n before the softmax (paper: false).")
+
+
+class RotateConfig(Section):
+    """RotatE scores: gamma minus the distance."""
+
+    gamma: float = Field(12.0, gt=0, description="Margin; a score is gamma minus the sum of complex moduli.")
+
+
+class NegativesConfig(Section):
+    """Negatives are drawn uniformly and shared by the queries of a chunk."""
+
+    count: int = Field(128, ge=1, description="N, negatives of each query.")
+    chunk_size: int = Field(128, ge=1, description="Queries that share one pool of N negatives.")
+    weighting: Literal["entropy", "self_adversarial", "uniform", "entropy_adversarial"] = Field(
+        "entropy", description="Weights of negatives in the loss (paper: entropy)."
+    )
+    easy_below: float = Field(0.2, ge=0, le=1, description="delta 1: binary entropy in bits under which a negative is Easy (paper: 0.2).")
+    hard_from: float = Field(0.8, ge=0, le=1, description="delta 2: entropy in bits from which a negative is Hard (paper: 0.8).")
+    weight_easy: float = Field(0.5, ge=0, description="lambda of Easy negatives.")
+    weight_ambiguous: float = Field(1.0, ge=0, description="lambda of Ambiguous negatives.")
+    weight_hard: float = Field(2.0, ge=0, description="lambda of Hard negatives.")
+    temperature: float = Field(1.0, gt=0, description="alpha of self-adversarial weights.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NegativesConfig:
+        if self.easy_below > self.hard_from:
+            raise ValueError(f"easy_below {self.easy_below} lies above hard_from {self.hard_from}; expected easy_below <= hard_from")
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    loss: Literal["contrastive", "one_vs_all"] = Field("contrastive", description="Weighted contrastive loss (paper), or softmax over all entities.")
+    epochs: int = Field(1000, ge=1, description="Passes over all queries: each triple is two queries (paper: 1000).")
+    batch_size: int = Field(1024, ge=1, description="Queries per step, over all ranks (paper: 1024).")
+    learning_rate: float = Field(1e-3, gt=0, description="Of the dense parameters.")
+    gradient_clipping: float = Field(0.0, ge=0, description="Largest global gradient norm of the dense part and, apart, of the rows; 0 is off.")
+    seed: int = Field(0, ge=0, description="Seed of the weights, the batches and the negatives.")
+    log_every: int = Field(50, ge=1, description="Steps between two lines of metrics.jsonl.")
+    eval_every: int = Field(10, ge=1, description="Epochs between two evaluations on valid.")
+    eval_queries: int = Field(0, ge=0, description="Evaluate on a fixed sample of so many valid queries while training; 0 takes all.")
+    checkpoint_every: int = Field(10, ge=1, description="Epochs between two checkpoints.")
+    num_to_keep: int = Field(2, ge=2, description="Checkpoints kept besides the best one.")
+    patience: int = Field(0, ge=0, description="Stop after so many evaluations without a better valid MRR; 0 never.")
+    max_nonfinite: int = Field(10, ge=1, description="Consecutive steps with a non-finite loss or gradient before the run is called diverged.")
+
+
+class DeepSpeedConfig(Section):
+    """The engine of the dense part."""
+
+    engine: Literal["auto", "deepspeed", "torch"] = Field("auto", description="auto takes DeepSpeed where it is installed; torch is the plain twin.")
+    stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage.")
+    bf16: bool = Field(False, description="Dense parameters and activations in bfloat16; rows stay float32.")
+
+
+class EvaluationConfig(Section):
+    """Exact filtered ranking."""
+
+    query_block: int = Field(256, ge=1, description="Queries scored at once.")
+    tile_rows: int = Field(1024, ge=16, description="Entities scored at once; with query_block it bounds the memory.")
+    encode_rows: int = Field(4096, ge=1, description="Entities fused at once.")
+
+
+class LaunchConfig(Section):
+    """Who runs the workers."""
+
+    mode: Literal["ray", "local"] = Field("ray", description="Ray Train, or this one process (or torchrun) where Ray is absent or in the way.")
+    workers: int = Field(2, ge=1, description="Ranks under Ray.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs (and torch threads) of a rank.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a rank.")
+    max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint before the run gives up.")
+    timeout_s: int = Field(600, ge=5, description="A collective that waits longer fails the rank.")
+
+
+class RunConfig(Section):
+    """The run directory."""
+
+    dir: str = Field("runs/default", description="Where config.yaml, metrics, checkpoints and TensorBoard events go.")
+    resume: str = Field("auto", pattern=r"^(auto|none|\d+)$", description="auto: from the newest valid checkpoint; STEP: from that one; none: start anew.")
+
+
+class Config(Section):
+    """All of it."""
+
+    modalities: tuple[Modality, ...] | Literal["auto"] = Field("auto", description="Modalities to fuse; auto is structure and all the data set has.")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of the hot path; auto where a compiler is found.")
+    data: DataConfig = DataConfig()
+    encoders: EncodersConfig = EncodersConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    entities: EntitiesConfig = EntitiesConfig()
+    projection: ProjectionConfig = ProjectionConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    mine: MineConfig = MineConfig()
+    fusion: FusionConfig = FusionConfig()
+    rotate: RotateConfig = RotateConfig()
+    negatives: NegativesConfig = NegativesConfig()
+    train: TrainConfig = TrainConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    launch: LaunchConfig = LaunchConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.modalities != "auto" and len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(f"modalities names one twice: {', '.join(self.modalities)}")
+        if self.modalities == ():
+            raise ValueError("modalities is empty; expected at least one of " + ", ".join(MODALITIES))
+        if self.train.batch_size % self.negatives.chunk_size:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is not a multiple of negatives.chunk_size {self.negatives.chunk_size}; "
+                "chunks are the unit that ranks share"
+            )
+        return self

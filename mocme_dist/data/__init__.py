@@ -1,0 +1,1 @@
+"""Raw folders, packed data sets and feature stores; everything on disk that training reads."""

@@ -1,0 +1,63 @@
+"""The one partition: contiguous id ranges of entities over shards and over ranks.
+
+Pure arithmetic, no state and no tensors. Every stage asks here which rows are whose, so a tar shard, a feature
+part, a rank's rows and a checkpoint part never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mocme_dist.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class RowPartition:
+    """`num_rows` ids over `num_parts` ranks: contiguous, sizes differ by at most one, the larger ones first."""
+
+    num_rows: int
+    num_parts: int
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 0 or self.num_parts < 1:
+            raise ShapeError(f"RowPartition: num_rows {self.num_rows} and num_parts {self.num_parts}, expected >= 0 and >= 1")
+
+    def bounds(self, part: int) -> tuple[int, int]:
+        """First id and one past the last id of `part`; equal when the part is empty."""
+        if not 0 <= part < self.num_parts:
+            raise ShapeError(f"RowPartition: part {part} of {self.num_parts}")
+        size, larger = divmod(self.num_rows, self.num_parts)
+        first = part * size + min(part, larger)
+        return first, first + size + (part < larger)
+
+    def starts(self) -> list[int]:
+        """The first id of each part, then `num_rows`: (num_parts + 1) ascending numbers, for a binary search."""
+        return [self.bounds(part)[0] for part in range(self.num_parts)] + [self.num_rows]
+
+
+@dataclass(frozen=True)
+class ShardPartition:
+    """`num_rows` ids over shards of `shard_rows` ids each; the last shard may be shorter."""
+
+    num_rows: int
+    shard_rows: int
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards hold the rows."""
+        return -(-self.num_rows // self.shard_rows)
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """First id and one past the last id of `shard`."""
+        if not 0 <= shard < self.num_shards:
+            raise ShapeError(f"ShardPartition: shard {shard} of {self.num_shards}")
+        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows)
+
+    def overlapping(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Shards that hold ids of [first, last): (shard, first id wanted of it, one past the last)."""
+        if first >= last:
+            return
+        for shard in range(first // self.shard_rows, -(-last // self.shard_rows)):
+            start, stop = self.bounds(shard)
+            yield shard, max(first, start), min(last, stop)
