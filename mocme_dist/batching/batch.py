@@ -1,0 +1,143 @@
+"""The tensors of one rank's share of a global batch.
+
+A global batch is cut into chunks of `chunk_size` queries that share a pool of N negatives; chunk c goes to rank
+c % world_size. Chunks, pools and masks do not depend on the world size, so the global batch never does. Short
+chunks and ranks without one are filled with queries of weight 0: shapes are the same at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocme_dist.batching.sampler import QuerySampler, negative_pool
+
+
+class Answers(Protocol):
+    """What the masks need of a set of known answers (data/known.py has it)."""
+
+    def lookup(self, source: np.ndarray, relation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets (Q + 1,) and flat targets of Q queries."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's chunks; G chunks of b queries each, N negatives a chunk, U unique entities.
+
+    Attributes:
+        step: the global step.
+        ids_U: (U,) ascending unique entity ids that this rank scores.
+        source_Gb, target_Gb, pool_GN: positions in ids_U.
+        relation_Gb, sign_Gb: relation ids, and +1 for tail queries, -1 for head queries.
+        weight_Gb: 1 for a query, 0 for filling.
+        allowed_GbN: False where a pool entry is a known answer of the query (it is no negative).
+        total: number of real queries in the whole global batch, the loss's normaliser.
+    """
+
+    step: int
+    ids_U: np.ndarray
+    source_Gb: Tensor
+    target_Gb: Tensor
+    pool_GN: Tensor
+    relation_Gb: Tensor
+    sign_Gb: Tensor
+    weight_Gb: Tensor
+    allowed_GbN: Tensor
+    total: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`, copied without waiting."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Batch(**{**vars(self), **moved})
+
+
+class BatchMaker:
+    """Makes the batch of any step for one rank.
+
+    Args:
+        triples_T3: (T, 3) int64 training triples, memory-mapped or not.
+        known: training answers; their pool entries are masked.
+        num_entities: E.
+        sampler: order of the queries.
+        chunk_size: queries that share a pool.
+        num_negatives: N; 0 makes every entity a candidate (one_vs_all).
+        rank, world_size: whose share to make.
+    """
+
+    def __init__(
+        self,
+        triples_T3: np.ndarray,
+        known: Answers,
+        num_entities: int,
+        sampler: QuerySampler,
+        chunk_size: int,
+        num_negatives: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.triples_T3, self.known, self.num_entities, self.sampler = triples_T3, known, num_entities, sampler
+        self.chunk_size, self.num_negatives, self.rank, self.world_size = chunk_size, num_negatives, rank, world_size
+        chunks = -(-min(sampler.batch_size, sampler.num_queries) // chunk_size)
+        self.chunks_per_rank = -(-chunks // world_size)
+        self._slots = np.full(num_entities, -1, dtype=np.int32)
+
+    def make(self, step: int) -> Batch:
+        """This rank's share of the batch of `step`; the shapes are the same for every step and differ by at most one chunk over ranks."""
+        queries = self.sampler.queries(step)
+        G, b = self.chunks_per_rank, self.chunk_size
+        chunk_G = np.arange(G) * self.world_size + self.rank
+        index_Gb = chunk_G[:, None] * b + np.arange(b)[None]
+        real_Gb = index_Gb < len(queries)
+        query_Gb = queries[np.where(real_Gb, index_Gb, 0)]
+        direction_Gb = query_Gb % 2
+        triple_Gb3 = np.asarray(self.triples_T3[query_Gb // 2])
+        head_Gb, relation_Gb, tail_Gb = triple_Gb3[..., 0], triple_Gb3[..., 1], triple_Gb3[..., 2]
+        source_Gb = np.where(direction_Gb == 0, head_Gb, tail_Gb)
+        target_Gb = np.where(direction_Gb == 0, tail_Gb, head_Gb)
+        if self.num_negatives == 0:  # one pool for all queries of the rank: every entity, held once
+            source_Gb, relation_Gb, direction_Gb, target_Gb, real_Gb = (
+                a.reshape(1, -1) for a in (source_Gb, relation_Gb, direction_Gb, target_Gb, real_Gb)
+            )
+        G, b = source_Gb.shape
+        pool_GN = self._pools(step, chunk_G)
+        allowed_GbN = ~self._known_in_pool(source_Gb, relation_Gb, direction_Gb, pool_GN)
+        ids_U, index = np.unique(np.concatenate([source_Gb.ravel(), target_Gb.ravel(), pool_GN.ravel()]), return_inverse=True)
+        source, target, pool = np.split(index, [G * b, 2 * G * b])
+        return Batch(
+            step=step,
+            ids_U=ids_U,
+            source_Gb=torch.from_numpy(source.reshape(G, b)),
+            target_Gb=torch.from_numpy(target.reshape(G, b)),
+            pool_GN=torch.from_numpy(pool.reshape(pool_GN.shape)),
+            relation_Gb=torch.from_numpy(relation_Gb),
+            sign_Gb=torch.from_numpy(1.0 - 2.0 * direction_Gb.astype(np.float32)),
+            weight_Gb=torch.from_numpy(real_Gb.astype(np.float32)),
+            allowed_GbN=torch.from_numpy(allowed_GbN),
+            total=len(queries),
+        )
+
+    def _pools(self, step: int, chunk_G: np.ndarray) -> np.ndarray:
+        if self.num_negatives == 0:
+            return np.arange(self.num_entities)[None]
+        return np.stack([negative_pool(self.sampler.seed, step, int(c), self.num_negatives, self.num_entities) for c in chunk_G])
+
+    def _known_in_pool(self, source_Gb: np.ndarray, relation_Gb: np.ndarray, direction_Gb: np.ndarray, pool_GN: np.ndarray) -> np.ndarray:
+        """(G, b, N) True where the pool's entity is a known answer of the query, its own target included."""
+        G, b = source_Gb.shape
+        known_GbN = np.zeros((G, b, pool_GN.shape[1]), dtype=bool)
+        for g in range(G):
+            offsets, targets = self.known.lookup(source_Gb[g], relation_Gb[g], direction_Gb[g])
+            pool = pool_GN[g]
+            # A table of the pool's places answers all queries of the chunk in one pass; ids drawn twice share a place.
+            self._slots[pool] = np.arange(len(pool))
+            slot = self._slots[targets]
+            hit = slot >= 0
+            query = np.repeat(np.arange(b), np.diff(offsets))
+            known_GbN[g, query[hit], slot[hit]] = True
+            known_GbN[g] = known_GbN[g][:, self._slots[pool]]
+            self._slots[pool] = -1
+        return known_GbN

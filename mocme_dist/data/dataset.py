@@ -1,0 +1,143 @@
+"""A packed data set: the folder that `pack` writes and every later stage opens.
+
+Opening reads the manifest and compares file sizes; arrays are memory-mapped when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocme_dist.data.files import read_json
+from mocme_dist.data.known import KnownAnswers, load_integers
+from mocme_dist.data.shards import Sample, ShardEntry, read_shard, shard_name
+from mocme_dist.errors import DataError
+from mocme_dist.partition import ShardPartition
+
+FORMAT = 1
+SPLITS = ("train", "valid", "test")
+MANIFEST = "manifest.json"
+_KEYS = ("num_entities", "num_relations", "shard_rows", "seed", "dev", "splits", "modalities", "shards", "report", "fingerprint")
+
+
+class Dataset:
+    """Graph, names and shards of a packed folder.
+
+    Attributes:
+        directory: the folder.
+        manifest: all that manifest.json says.
+        num_entities, num_relations: sizes; ids run from 0.
+        shards: which ids each shard holds.
+        entries: one record a shard, in order.
+        modalities: per modality that at least one entity has, its counts.
+        fingerprint: SHA-256 over graph and shards; equal data sets have equal ones wherever they lie.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.num_entities: int = manifest["num_entities"]
+        self.num_relations: int = manifest["num_relations"]
+        self.shards = ShardPartition(self.num_entities, manifest["shard_rows"])
+        self.entries = [ShardEntry(**entry) for entry in manifest["shards"]]
+        self.modalities: dict[str, Any] = manifest["modalities"]
+        self.fingerprint: str = manifest["fingerprint"]
+
+    @classmethod
+    def open(cls, directory: Path) -> Dataset:
+        """Open a packed folder.
+
+        Raises:
+            DataError: it is not there, was not finished, or a shard is missing or has another size.
+        """
+        directory = Path(directory)
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise DataError(f"{directory.absolute()}: no {MANIFEST}; not a packed data set, or unfinished: run python -m mocme_dist.pack")
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise DataError(f"{path.absolute()}: expected a data set of format {FORMAT}; pack it again")
+        missing = [key for key in _KEYS if key not in manifest]
+        if missing:
+            raise DataError(f"{path.absolute()}: lacks {', '.join(missing)}; pack the data set again")
+        try:
+            dataset = cls(directory, manifest)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path.absolute()}: damaged ({error}); pack the data set again") from None
+        dataset._check_shards()
+        return dataset
+
+    def _check_shards(self) -> None:
+        if [entry.name for entry in self.entries] != [shard_name(shard) for shard in range(self.shards.num_shards)]:
+            raise DataError(
+                f"{self.directory.absolute()}: the manifest lists {len(self.entries)} shards, expected {self.shards.num_shards} by number"
+            )
+        for shard, entry in enumerate(self.entries):
+            path = self.shard_path(shard)
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry.bytes:
+                found = "not found" if size is None else f"{size:,} bytes, the manifest says {entry.bytes:,}"
+                raise DataError(f"{path.absolute()}: {found}; pack the data set again")
+
+    def shard_path(self, shard: int) -> Path:
+        """Where a shard's tar file lies."""
+        return self.directory / "shards" / shard_name(shard)
+
+    def read_samples(self, shard: int, max_member_bytes: int) -> Iterator[Sample]:
+        """Verified samples of a shard, ascending by id; entities without any modality have none.
+
+        Raises:
+            DataError: see `read_shard`; also a key outside the shard's id range, so no entity is in two shards.
+        """
+        first, last = self.shards.bounds(shard)
+        for sample in read_shard(self.shard_path(shard), self.entries[shard], max_member_bytes):
+            if not first <= sample.id < last:
+                raise DataError(
+                    f"{shard_name(shard)}: key {sample.id:012d} lies outside the shard's ids [{first}, {last}); pack the data set again"
+                )
+            yield sample
+
+    def triples(self, split: str) -> NDArray[np.int64]:
+        """(n, 3) head, relation, tail of "train", "valid" or "test", memory-mapped.
+
+        Raises:
+            DataError: the file is missing, torn or has another length than the manifest says.
+        """
+        path = self.directory / "graph" / f"{split}.npy"
+        if split not in SPLITS:
+            raise DataError(f"{path.absolute()}: no split {split!r}; expected one of {', '.join(SPLITS)}")
+        triples = load_integers(path)
+        if triples.shape != (self.manifest["splits"][split], 3):
+            raise DataError(
+                f"{path.absolute()}: shape {triples.shape}, the manifest says {self.manifest['splits'][split]} triples; pack it again"
+            )
+        return triples
+
+    def known(self, name: str) -> KnownAnswers:
+        """Known answers from "train" alone, or from "all" the files of the raw folder."""
+        return KnownAnswers.load(self.directory / "graph", name, self.num_relations)
+
+    def entity_names(self) -> list[str]:
+        """Name of every entity; the position is the id."""
+        return self._names("entities", self.num_entities)
+
+    def relation_names(self) -> list[str]:
+        """Name of every relation; the position is the id."""
+        return self._names("relations", self.num_relations)
+
+    def _names(self, table: str, count: int) -> list[str]:
+        import pyarrow
+        import pyarrow.parquet
+
+        path = self.directory / "graph" / f"{table}.parquet"
+        try:
+            names: list[str] = pyarrow.parquet.read_table(path, columns=["name"])["name"].to_pylist()
+        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path.absolute()}: cannot be read ({error}); pack the data set again") from None
+        if len(names) != count:
+            raise DataError(f"{path.absolute()}: {len(names)} names, the manifest says {count}; pack the data set again")
+        return names

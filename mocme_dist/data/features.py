@@ -1,0 +1,273 @@
+"""Feature parts on disk, and the store that gives a rank the features of its rows.
+
+A part belongs to one shard: the rows of the entities that have the modality, and who they are. Absent is a fact, not a
+vector: `present` travels beside the values. Parts are whole or absent, byte-identical for equal input, and a part is
+done when its JSON is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mocme_dist.data.files import read_json, sha256_file, write_bytes, write_json
+from mocme_dist.errors import DataError, ShapeError
+from mocme_dist.partition import ShardPartition
+
+FEATURES_FORMAT = 1
+_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_TORCH = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32}
+# Values are scanned for NaN in blocks of so many numbers: 16 MiB of float32.
+_SCAN = 1 << 22
+
+
+def part_path(directory: Path, shard: int) -> Path:
+    """File of a shard's part inside features/MODALITY; its JSON has the same stem."""
+    return directory / f"part-{shard:06d}.safetensors"
+
+
+def write_part(directory: Path, shard: int, values: NDArray[Any], present: NDArray[Any], stats: dict[str, Any]) -> None:
+    """Write one shard's features, then the JSON that says the part is complete.
+
+    Args:
+        directory: features/MODALITY.
+        shard: number of the shard.
+        values: (num_present, F) float16 or float32, in order of id.
+        present: (rows,) bool or uint8, one for every id of the shard.
+        stats: `failed` {cause: count}, `examples`, `input_sha256`, `encoder_hash`, and whatever else is worth keeping.
+
+    Raises:
+        ShapeError: the arrays do not fit together.
+    """
+    from safetensors.numpy import save
+
+    mask = np.ascontiguousarray(present, dtype=bool)
+    if values.ndim != 2 or values.dtype not in _TORCH or mask.ndim != 1 or len(values) != mask.sum():
+        raise ShapeError(
+            f"write_part: values {values.shape} {values.dtype}, {mask.sum()} of {len(mask)} rows present; expected (present, F) float16/32"
+        )
+    content = save({"values": np.ascontiguousarray(values), "present": mask.astype(np.uint8)})
+    path = part_path(directory, shard)
+    # A rerun that is killed between the two files must not leave the old JSON beside new values.
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_bytes(path, content)
+    counts = {"shard": shard, "rows": len(mask), "present": len(values), "absent": len(mask) - len(values)}
+    write_json(path.with_suffix(".json"), {**counts, **stats, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)})
+
+
+def part_is_complete(directory: Path, shard: int, input_sha256: str, encoder_hash: str) -> bool:
+    """Whether a part was finished for this input and this encoder, and its file still has the size it had."""
+    path = part_path(directory, shard)
+    try:
+        stats = read_json(path.with_suffix(".json"))
+        return (
+            stats["input_sha256"] == input_sha256
+            and stats["encoder_hash"] == encoder_hash
+            and stats["shard"] == shard
+            and path.stat().st_size == stats["bytes"]
+        )
+    except (DataError, OSError, KeyError, TypeError):
+        return False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one part that a store wants: memory-mapped values of the present ones, and who is present."""
+
+    values: NDArray[Any]
+    present: NDArray[np.bool_]
+
+
+class FeatureStore:
+    """Features of the entities [first, last) in one modality.
+
+    Residency "host" holds them in host memory, "device" on the device, "mmap" leaves them on disk and reads the rows
+    that are asked for. All three give equal results.
+
+    Attributes:
+        modality: its name.
+        width: F, numbers per entity.
+        num_rows: last - first.
+    """
+
+    def __init__(self, modality: str, width: int, parts: list[_Part], residency: str, device: str) -> None:
+        self.modality = modality
+        self.width = width
+        self._device = torch.device(device)
+        self._residency = residency
+        present = np.concatenate([part.present for part in parts] or [np.zeros(0, bool)])
+        self.num_rows = len(present)
+        home = self._device if residency == "device" else torch.device("cpu")
+        self._present = torch.from_numpy(present).to(home)
+        # Where each row's values lie among those of the present rows; rows without values point at a neighbour.
+        self._index = (torch.from_numpy(np.cumsum(present, dtype=np.int64)) - 1).clamp_(min=0).to(home)
+        self._maps = [part.values for part in parts] if residency == "mmap" else []
+        self._starts = np.cumsum([0] + [len(part.values) for part in parts])
+        self._values = torch.empty((0, width))
+        if residency != "mmap":
+            dtype = _TORCH[parts[0].values.dtype] if parts else torch.float32
+            self._values = torch.empty((int(self._starts[-1]), width), dtype=dtype, device=home)
+            for start, part in zip(self._starts, parts, strict=False):
+                # Part by part: at no time are two copies of everything in host memory.
+                self._values[start : start + len(part.values)] = torch.from_numpy(np.array(part.values))
+
+    @classmethod
+    def open(cls, dataset_dir: Path, modality: str, first: int, last: int, residency: str = "host", device: str = "cpu") -> FeatureStore:
+        """Open the parts that overlap ids [first, last).
+
+        Args:
+            dataset_dir: packed data set with features/MODALITY in it.
+            modality: such as "text".
+            first, last: id range, as a rank's `RowPartition.bounds`.
+            residency: "host", "device" or "mmap".
+            device: where `gather` puts its results.
+
+        Raises:
+            DataError: features are missing, of other rows or another encoder, torn, or hold values that are not finite.
+        """
+        directory = Path(dataset_dir) / "features" / modality
+        manifest = _checked_manifest(Path(dataset_dir), directory)
+        partition = ShardPartition(manifest["num_rows"], manifest["shard_rows"])
+        if not 0 <= first <= last <= partition.num_rows:
+            raise ShapeError(f"FeatureStore: rows [{first}, {last}) of {partition.num_rows}")
+        parts = [
+            _open_part(directory, shard, partition.bounds(shard), (start, stop), manifest)
+            for shard, start, stop in partition.overlapping(first, last)
+        ]
+        return cls(modality, manifest["width"], parts, residency, device)
+
+    def present(self) -> Tensor:
+        """(num_rows,) bool: which rows have this modality."""
+        return self._present
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of some rows.
+
+        Args:
+            rows: (U,) int64 local rows in [0, num_rows), any order, repeats allowed.
+
+        Returns:
+            values (U, F) float32 with zeros where absent, and present (U,) bool, on the store's device.
+
+        Raises:
+            ShapeError: a row lies outside the range.
+        """
+        rows = rows.to(self._present.device)
+        # On a GPU this test would make the host wait for the device; indexing asserts there.
+        if rows.device.type == "cpu" and len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= self.num_rows):
+            raise ShapeError(
+                f"FeatureStore.gather: rows {int(rows.min())} to {int(rows.max())} of {self.modality}, expected [0, {self.num_rows})"
+            )
+        present = self._present[rows]
+        index = self._index[rows]
+        if self._starts[-1] == 0:
+            values = torch.zeros((len(rows), self.width), device=rows.device)
+        elif self._residency == "mmap":
+            values = self._gather_mapped(index.numpy(), present.numpy())
+        else:
+            values = self._values[index].float().masked_fill_(~present[:, None], 0)
+        return values.to(self._device), present.to(self._device)
+
+    def _gather_mapped(self, index: NDArray[np.int64], present: NDArray[np.bool_]) -> Tensor:
+        values = np.zeros((len(index), self.width), dtype=np.float32)
+        part = np.searchsorted(self._starts, index, side="right") - 1
+        for number in np.unique(part[present]):
+            here = present & (part == number)
+            values[here] = self._maps[number][index[here] - self._starts[number]]
+        return torch.from_numpy(values)
+
+
+def _checked_manifest(dataset_dir: Path, directory: Path) -> dict[str, Any]:
+    """The features' manifest, if it is of this data set's rows."""
+    again = f"run python -m mocme_dist.extract {dataset_dir}"
+    if not (directory / "manifest.json").is_file():
+        raise DataError(f"{directory.absolute()}: no finished features of this modality; {again}")
+    manifest, dataset = read_json(directory / "manifest.json"), read_json(dataset_dir / "manifest.json")
+    try:
+        if manifest["format"] != FEATURES_FORMAT:
+            raise DataError(f"{directory.absolute()}: features of format {manifest['format']}, expected {FEATURES_FORMAT}; {again}")
+        found = (manifest["num_rows"], manifest["shard_rows"])
+        expected = (dataset["num_entities"], dataset["shard_rows"])
+        hashes = [entry["sha256"] for entry in dataset["shards"]]
+        checked = {**manifest, "width": int(manifest["width"]), "encoder_hash": manifest["encoder_hash"], "hashes": hashes}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{directory.absolute()}: manifest.json is damaged, it lacks {error}; {again}") from None
+    if found != expected:
+        raise DataError(f"{directory.absolute()}: made for (rows, shard rows) = {found}, the data set has {expected}; {again}")
+    return checked
+
+
+def _open_part(directory: Path, shard: int, bounds: tuple[int, int], wanted: tuple[int, int], manifest: dict[str, Any]) -> _Part:
+    """Map one part and cut out the ids [wanted[0], wanted[1]), after checking it whole."""
+    path = part_path(directory, shard)
+    again = "delete it and run python -m mocme_dist.extract again"
+    if not path.is_file() or not path.with_suffix(".json").is_file():
+        raise DataError(f"{path.absolute()}: part {shard} is missing; run python -m mocme_dist.extract again")
+    stats = read_json(path.with_suffix(".json"))
+    for key, expected in (("encoder_hash", manifest["encoder_hash"]), ("input_sha256", manifest["hashes"][shard])):
+        if stats.get(key) != expected:
+            raise DataError(f"{path.absolute()}: {key} {str(stats.get(key))[:12]}, expected {str(expected)[:12]}; {again}")
+    size = path.stat().st_size
+    if size != stats.get("bytes") or sha256_file(path) != stats.get("sha256"):
+        raise DataError(
+            f"{path.absolute()}: {size:,} bytes, expected {stats.get('bytes', 0):,} of another sha256; the part is torn, {again}"
+        )
+    try:
+        tensors = _map_tensors(path)
+        values, mask = tensors["values"], np.array(tensors["present"]).astype(bool)
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path.absolute()}: not a safetensors file of values and present ({error}); {again}") from None
+    if mask.shape != (bounds[1] - bounds[0],) or values.shape != (mask.sum(), manifest["width"]) or values.dtype not in _TORCH:
+        raise DataError(
+            f"{path.absolute()}: values {values.shape} {values.dtype} and present {mask.shape}, expected {bounds[1] - bounds[0]} rows "
+            f"of width {manifest['width']}; {again}"
+        )
+    _check_finite(values, mask, bounds[0], directory.name, path)
+    low, high = wanted[0] - bounds[0], wanted[1] - bounds[0]
+    start, stop = int(mask[:low].sum()), int(mask[:high].sum())
+    return _Part(values[start:stop], mask[low:high])
+
+
+def _map_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Read-only maps of the tensors in a safetensors file; only touched pages are read."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, 1 << 20):
+            raise ValueError(f"header of {length} bytes")
+        header = json.loads(file.read(length))
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= size - 8 - length:
+            raise ValueError(f"tensor {name} claims bytes {start} to {stop}")
+        # An empty tensor cannot be mapped.
+        tensors[name] = np.memmap(path, dtype, "r", 8 + length + start, shape) if stop > start else np.empty(shape, dtype)
+    return tensors
+
+
+def _check_finite(values: NDArray[Any], mask: NDArray[np.bool_], first_id: int, modality: str, path: Path) -> None:
+    step = max(1, _SCAN // max(1, values.shape[1]))
+    bad, entity = 0, -1
+    for start in range(0, len(values), step):
+        wrong = ~np.isfinite(values[start : start + step])
+        if wrong.any():
+            if entity < 0:
+                entity = first_id + int(np.flatnonzero(mask)[start + int(np.flatnonzero(wrong.any(axis=1))[0])])
+            bad += int(wrong.sum())
+    if bad:
+        raise DataError(
+            f"{path.name}: {bad} values of modality {modality} are not finite, the first at entity {entity} (key {entity:012d}); "
+            "mend its raw file or the encoder, delete the part and run python -m mocme_dist.extract again"
+        )

@@ -1,0 +1,244 @@
+"""Packs a raw folder into a data set: graph, shards and a manifest that is written last.
+
+Packing is deterministic byte for byte and streams: memory is bounded by the vocabulary, the triples as integers and a
+buffer. What it refuses, it refuses before shards are written, and a failed packing leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocme_dist.config.schema import DataConfig
+from mocme_dist.data.dataset import FORMAT, MANIFEST, SPLITS, Dataset
+from mocme_dist.data.files import atomic_path, sha256_file, write_json
+from mocme_dist.data.known import KnownAnswers
+from mocme_dist.data.layouts import find_file, require_file
+from mocme_dist.data.modalities import TABLES, Collected, ShardBuilder, Spill, collect
+from mocme_dist.data.target import is_packed, source_hash, workplace
+from mocme_dist.data.triples import Integers, KeySpace, Seen, cut_development_set, distinct, leakage, read_triples
+from mocme_dist.data.vocabulary import Names, entity_order, read_entity_file, relation_order, write_names
+from mocme_dist.errors import DataError, StorageError
+from mocme_dist.partition import ShardPartition
+
+log = logging.getLogger(__name__)
+
+# From this share on, pairs that train links the other way round are worth a warning.
+_INVERSE_WARNING = 0.05
+_SETTINGS = ("shard_rows", "seed", "dev", "unseen", "allow_leakage", "max_missing")
+
+
+def pack_folder(raw: Path, out: Path, data: DataConfig) -> Dataset:
+    """Pack `raw` into `out`; the same content with the same settings is left as it is.
+
+    Args:
+        raw: folder with train.txt, valid.txt, test.txt and the tables of the modalities.
+        out: new or empty folder, or one that an interrupted packing left.
+        data: settings; `raw`, `dataset` and `text_columns` of it play no part.
+
+    Raises:
+        ConfigError: `out` holds something else.
+        DataError: a raw file is missing or malformed, or the graph breaks a rule that `data` sets.
+        LockedError: another process packs into `out`.
+        StorageError: `out` cannot be written.
+    """
+    raw, out = Path(raw), Path(out)
+    for split in SPLITS:
+        if split != "valid" or data.dev == "file":
+            require_file(raw, f"{split}.txt")
+    source = {"sha256": source_hash(raw), "settings": {name: getattr(data, name) for name in _SETTINGS}}
+    if is_packed(out, source):
+        log.info("%s: already packed from this content with these settings", out)
+        return Dataset.open(out)
+    try:
+        with workplace(out) as work:
+            return _pack(raw, out, work, data, source)
+    except OSError as error:
+        raise StorageError(f"{out.absolute()}: cannot be written: {error.strerror or error}") from error
+
+
+def _pack(raw: Path, out: Path, work: Path, data: DataConfig, source: dict[str, Any]) -> Dataset:
+    graph = out / "graph"
+    names, relation_names, splits = _read_graph(raw, work)
+    entity_names, entity_ids = entity_order(names, data.seed)
+    relation_list, relation_ids = relation_order(relation_names)
+    keys = KeySpace(len(entity_names), len(relation_list))
+    report: dict[str, Any] = {"rows": {}, "duplicates": {}, "self_loops": {}}
+    for split, triples in splits.items():
+        triples[:, 0], triples[:, 1], triples[:, 2] = entity_ids[triples[:, 0]], relation_ids[triples[:, 1]], entity_ids[triples[:, 2]]
+        splits[split] = distinct(triples, keys)
+        report["rows"][split] = len(triples)
+        report["duplicates"][split] = len(triples) - len(splits[split])
+        report["self_loops"][split] = int((splits[split][:, 0] == splits[split][:, 2]).sum())
+    report["leakage"] = leakage(splits["train"], splits.get("valid"), splits["test"], keys)
+    _judge_leakage(report["leakage"], data)
+    everything = np.concatenate(list(splits.values()))
+    _divide(splits, keys, data, report, (entity_names, relation_list))
+
+    write_names(graph / "entities.parquet", entity_names)
+    write_names(graph / "relations.parquet", relation_list)
+    for split in SPLITS:
+        with atomic_path(graph / f"{split}.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, splits[split], allow_pickle=False)
+    KnownAnswers.build(splits["train"], len(relation_list)).save(graph, "train")
+    KnownAnswers.build(everything, len(relation_list)).save(graph, "all")
+    sizes = {split: len(splits[split]) for split in SPLITS}
+    splits.clear()
+    del everything
+
+    # Every name becomes its id in place: a second dictionary of all names would double the largest thing in memory.
+    for name, identity in zip(names, entity_ids.tolist(), strict=True):
+        names[name] = identity
+    partition = ShardPartition(len(entity_names), data.shard_rows)
+    builder, collected = _pack_modalities(raw, out / "shards", work / "spill", names, partition)
+    modalities = _modalities(builder, collected)
+    _report_modalities(report, builder, collected, data)
+    manifest = {
+        "format": FORMAT,
+        "num_entities": len(entity_names),
+        "num_relations": len(relation_list),
+        "shard_rows": data.shard_rows,
+        "seed": data.seed,
+        "dev": data.dev,
+        "splits": sizes,
+        "modalities": modalities,
+        "shards": [asdict(entry) for entry in builder.entries],
+        "report": report,
+        "source": source,
+        "fingerprint": _fingerprint(graph, (entity_names, relation_list), [entry.sha256 for entry in builder.entries]),
+    }
+    write_json(out / MANIFEST, manifest)
+    return Dataset.open(out)
+
+
+def _read_graph(raw: Path, work: Path) -> tuple[Names, Names, dict[str, Integers]]:
+    """Names of entities and relations, and each split that has a file, as numbers of those names."""
+    fixed = find_file(raw, "entity2id.txt")
+    entities, relations = read_entity_file(fixed) if fixed else Names("entity"), Names("relation")
+    splits: dict[str, Integers] = {}
+    for split in SPLITS:
+        file = find_file(raw, f"{split}.txt")
+        if file is not None:
+            splits[split] = read_triples(file, entities, relations, work / f"{split}.numbers")
+    return entities, relations, splits
+
+
+def _judge_leakage(found: Mapping[str, Mapping[str, float]], data: DataConfig) -> None:
+    test = found["test_in_train"]
+    if test["triples"]:
+        message = f"{test['triples']} of {test['of']} test triples occur in train"
+        if not data.allow_leakage:
+            raise DataError(f"{message}; a score on them measures memory: mend the split, or set data.allow_leakage=true to accept them")
+        log.warning("%s (%.1f %%); a score on them measures memory", message, 100 * test["share"])
+    valid = found.get("valid_in_train")
+    if valid and valid["triples"] and data.dev == "file":
+        share = 100 * valid["share"]
+        log.warning(
+            "%d of %d valid triples occur in train (%.1f %%); data.dev=cut:0.1 holds a clean set out of train",
+            valid["triples"],
+            valid["of"],
+            share,
+        )
+    inverse = found["test_inverse_pairs_in_train"]
+    if inverse["share"] >= _INVERSE_WARNING:
+        log.warning(
+            "%d of %d test triples have their (tail, head) linked in train: inverse relations may leak", inverse["triples"], inverse["of"]
+        )
+
+
+def _divide(
+    splits: dict[str, Integers], keys: KeySpace, data: DataConfig, report: dict[str, Any], names: tuple[list[bytes], list[bytes]]
+) -> None:
+    """Cut the development set if asked, then apply the rule for what train never shows."""
+    if data.dev != "file":
+        in_file = len(splits["valid"]) if "valid" in splits else 0
+        splits["train"], splits["valid"] = cut_development_set(splits["train"], float(data.dev.removeprefix("cut:")), data.seed, keys)
+        report["development_set"] = {"cut_from_train": len(splits["valid"]), "valid_file_set_aside": in_file}
+    seen = Seen.of(splits["train"], keys)
+    report["unseen"] = {"rule": data.unseen}
+    problems: list[str] = []
+    unseen: dict[bytes, None] = {}
+    for split in ("valid", "test"):
+        covered = seen.covers(splits[split])
+        entities, relations = seen.unseen_in(splits[split])
+        count = len(covered) - int(covered.sum())
+        report["unseen"][split] = {"triples": count, "of": len(covered), "entities": len(entities), "relations": len(relations)}
+        if count:
+            problems.append(f"{count} of {len(covered)} {split} triples")
+            unseen.update(dict.fromkeys([names[1][relation] for relation in relations] + [names[0][entity] for entity in entities]))
+        if data.unseen == "skip":
+            splits[split] = splits[split][covered]
+            if not len(splits[split]):
+                raise DataError(
+                    f"{split}: data.unseen=skip leaves out all of its {len(covered)} triples; mend the split or set data.unseen=keep"
+                )
+    if problems and data.unseen == "error":
+        shown = ", ".join(name.decode() for name in list(unseen)[:5]) + (", ..." if len(unseen) > 5 else "")
+        raise DataError(
+            f"{' and '.join(problems)} have an entity or relation that train never shows ({len(unseen)} names: {shown}); "
+            "set data.unseen=skip to leave those triples out or data.unseen=keep to rank them all the same"
+        )
+
+
+def _pack_modalities(
+    raw: Path, directory: Path, work: Path, ids: Mapping[bytes, int], partition: ShardPartition
+) -> tuple[ShardBuilder, Collected]:
+    spill = Spill(work, partition.shard_rows)
+    collected = collect(raw, ids, spill)
+    builder = ShardBuilder(raw, partition, spill, collected.columns.get("text", ()))
+    builder.write(directory)
+    return builder, collected
+
+
+def _modalities(builder: ShardBuilder, collected: Collected) -> dict[str, Any]:
+    """The manifest's record of the modalities that at least one entity has."""
+    extra: dict[str, dict[str, Any]] = {
+        "text": {"columns": list(collected.columns.get("text", ()))},
+        "numeric": {"attributes": len(builder.attributes)},
+        "image": {"files": builder.counts["files"]},
+    }
+    found = {}
+    for modality, present in builder.present.items():
+        if present.any():
+            found[modality] = {"entities": int(present.sum()), **extra[modality]}
+        elif modality in collected.columns:
+            log.warning("%s: no entity of the graph has this modality; it is left out", TABLES[modality][0])
+    return found
+
+
+def _report_modalities(report: dict[str, Any], builder: ShardBuilder, collected: Collected, data: DataConfig) -> None:
+    present: NDArray[np.bool_] = np.logical_or.reduce(list(builder.present.values()))
+    missing, total = len(present) - int(present.sum()), len(present)
+    share = missing / total
+    report["missing"] = {"entities": missing, "of": total, "share": round(share, 6)}
+    report["ignored_rows"] = {modality: collected.ignored[modality] for modality in collected.columns}
+    report["cleaned"] = {
+        name: builder.counts[name] for name in ("replaced_text_cells", "merged_text_rows", "averaged_numbers", "repeated_files")
+    }
+    for modality, count in report["ignored_rows"].items():
+        if count:
+            log.warning("%s: %d rows of entities that are not in the graph were ignored", TABLES[modality][0], count)
+    if share > data.max_missing:
+        raise DataError(
+            f"{missing} of {total} entities ({100 * share:.1f} %) have no text, picture or number; expected at most "
+            f"{100 * data.max_missing:g} %: add their rows or raise data.max_missing"
+        )
+
+
+def _fingerprint(graph: Path, names: tuple[list[bytes], list[bytes]], shard_hashes: list[str]) -> str:
+    """SHA-256 over names, arrays and shards. Names enter as bytes: Parquet files differ between library versions."""
+    content = {path.name: sha256_file(path) for path in sorted(graph.glob("*.npy"))}
+    for kind, several in zip(("entities", "relations"), names, strict=True):
+        digest = hashlib.sha256()
+        for name in several:
+            digest.update(name + b"\n")
+        content[kind] = digest.hexdigest()
+    return hashlib.sha256(json.dumps([content, shard_hashes], sort_keys=True).encode()).hexdigest()

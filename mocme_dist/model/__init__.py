@@ -1,0 +1,1 @@
+"""MoCME in tensors: one device, no ranks, torch alone."""

@@ -1,0 +1,43 @@
+"""K experts in each of M modalities, independent parameters and no gate, as two batched products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mocme_dist.errors import ShapeError
+
+
+class Experts(nn.Module):
+    """Views (M, K, U, D) of projected entities (M, U, D): expert k of modality m is Linear-ReLU-Linear.
+
+    The K first layers of a modality read the same input, so they are one (D, K D) product per modality; the second
+    layers are M K products of (D, D). `residual` adds the input to each view.
+    """
+
+    def __init__(self, num_modalities: int, num_experts: int, width: int, dropout: float, residual: bool, generator: torch.Generator) -> None:
+        super().__init__()
+        M, K, D = num_modalities, num_experts, width
+        bound = (6 / D) ** 0.5  # Kaiming uniform for ReLU: views keep the inputs' scale
+        uniform = lambda *shape: nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * bound)  # noqa: E731
+        self.first_MDH = uniform(M, D, K * D)
+        self.first_bias_MH = nn.Parameter(torch.zeros(M, K * D))
+        self.second_LDD = nn.Parameter(uniform(M * K, D, D).data / 2**0.5)
+        self.second_bias_LD = nn.Parameter(torch.zeros(M * K, D))
+        self.dropout = nn.Dropout(dropout)
+        self.residual, self.num_experts = residual, num_experts
+
+    def forward(self, x_MUD: Tensor) -> Tensor:
+        """(M, U, D) to views (M, K, U, D).
+
+        Raises:
+            ShapeError: the input has another number of modalities or width.
+        """
+        M, U, D = x_MUD.shape
+        if (M, D) != self.first_MDH.shape[:2]:
+            raise ShapeError(f"Experts: x_MUD is ({M}, {U}, {D}), expected M and D of {tuple(self.first_MDH.shape[:2])}")
+        K = self.num_experts
+        hidden_MUH = torch.relu(torch.baddbmm(self.first_bias_MH[:, None], x_MUD, self.first_MDH))
+        hidden_LUD = self.dropout(hidden_MUH).view(M, U, K, D).transpose(1, 2).reshape(M * K, U, D)
+        views = torch.baddbmm(self.second_bias_LD[:, None], hidden_LUD, self.second_LDD).view(M, K, U, D)
+        return views + x_MUD[:, None] if self.residual else views

@@ -1,0 +1,232 @@
+"""Complementarity fusion: what shares least with its siblings weighs most.
+
+Inside modality m the K views are mixed with w_mk = softmax_k(-mean_{j != k} I(v_mk; v_mj)); then the modalities that
+an entity has are mixed with w_m = softmax_m(-mean_{n != m} I(z_m; z_n)). The information comes from `mine`, or from a
+control: cosine (mean cosine similarity in its place), uniform (no weights), attention (a learned score per view).
+Weights use moving averages held in buffers, those of the steps before, so evaluation uses what training used.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mocme_dist.model.mine import Mine, MineEstimate, Reduce, pairs_between, pairs_within
+
+
+class FusionSettings(NamedTuple):
+    """Fields as in the fusion and mine sections of the configuration."""
+
+    estimator: str = "mine"
+    scope: str = "global"
+    weight_gradient: str = "stop"
+    temperature: float = 1.0
+    normalize: bool = True
+    hidden: int = 64
+    ema: float = 0.95
+    bounded: bool = True
+    clip: float = 10.0
+
+
+class Fused(NamedTuple):
+    """What fusion gives.
+
+    Attributes:
+        z_VD: (V, D) fused entities.
+        loss: the statistics networks' own loss, 0 for the controls.
+        intra_MK: mean weight of each expert. inter_M: mean weight of each modality over the entities that have it.
+        inter_VM: the modality weights of each entity.
+    """
+
+    z_VD: Tensor
+    loss: Tensor
+    intra_MK: Tensor
+    inter_M: Tensor
+    inter_VM: Tensor
+
+
+class PairInformation(nn.Module):
+    """The similarity of P pairs of S views, smoothed over steps: networks of `mine`, or cosine, behind one form.
+
+    Buffers: information_P (nats, or mean cosine), log_n_P (its cap), log_mean_exp_P, seen_P (whether ever estimated).
+    """
+
+    def __init__(self, num_views: int, pairs: list[tuple[int, int]], width: int, settings: FusionSettings, generator: torch.Generator) -> None:
+        super().__init__()
+        self.settings, self.num_pairs = settings, len(pairs)
+        if settings.estimator == "mine" and pairs:
+            self.mine = Mine(num_views, pairs, width, settings.hidden, generator)
+        left, right = zip(*pairs, strict=True) if pairs else ((), ())
+        self.register_buffer("left_P", torch.tensor(left, dtype=torch.long), persistent=False)
+        self.register_buffer("right_P", torch.tensor(right, dtype=torch.long), persistent=False)
+        for name in ("information_P", "log_n_P", "log_mean_exp_P", "seen_P"):
+            self.register_buffer(name, torch.zeros(len(pairs)))
+
+    def redundancy(self, information: Tensor, log_n_P: Tensor) -> Tensor:
+        """What enters the softmax: information, divided by log n when normalised (mine only), over the temperature.
+
+        Args:
+            information: (P,) or (P, V).
+            log_n_P: (P,).
+        """
+        if self.settings.normalize and self.settings.estimator == "mine":
+            # Before the first estimate log n is 0 and so is the information: all weights are equal.
+            scale = log_n_P.clamp_min(1e-6) if information.dim() == 1 else log_n_P.clamp_min(1e-6)[:, None]
+            information = information / scale
+        return information / self.settings.temperature
+
+    def estimate(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce) -> MineEstimate | None:
+        """Update the averages from this step's rows; the estimate of `mine`, None for cosine."""
+        if self.settings.estimator == "cosine":
+            present_PV = present_SV[self.left_P] & present_SV[self.right_P]
+            with torch.no_grad():
+                cosine_PV = self.cosine(view_SVD)
+                total_P, count_P = reduce(torch.stack([(cosine_PV * present_PV).sum(1), present_PV.sum(1)]).double())
+            self._average(count_P > 0, (total_P / count_P.clamp_min(1)).float(), count_P.clamp_min(1).log().float(), torch.zeros_like(self.seen_P))
+            return None
+        views = view_SVD if self.settings.weight_gradient == "flow" else view_SVD.detach()
+        result = self.mine(views, present_SV, held_out_V, reduce, self.settings.bounded, self.settings.clip)
+        self._average(result.valid_P, result.information_P, result.log_n_P, result.log_mean_exp_P)
+        return result
+
+    def cosine(self, view_SVD: Tensor) -> Tensor:
+        """(P, V) cosine similarity of each pair's two views, entity by entity."""
+        unit_SVD = functional.normalize(view_SVD.float(), dim=-1)
+        return (unit_SVD[self.left_P] * unit_SVD[self.right_P]).sum(-1)
+
+    def _average(self, valid_P: Tensor, information_P: Tensor, log_n_P: Tensor, log_mean_exp_P: Tensor) -> None:
+        keep = torch.where(self.seen_P > 0, self.settings.ema, 0.0)
+        keep = torch.where(valid_P, keep, 1.0)
+        for name, new in (("information_P", information_P), ("log_n_P", log_n_P), ("log_mean_exp_P", log_mean_exp_P)):
+            buffer = getattr(self, name)
+            buffer.copy_(keep * buffer + (1 - keep) * new.to(buffer.dtype))
+        self.seen_P.copy_(torch.where(valid_P, 1.0, self.seen_P))
+
+
+def mean_over_siblings(value: Tensor, left_P: Tensor, right_P: Tensor, num_views: int, present: Tensor) -> Tensor:
+    """For every view the mean of a pair's value over the pairs it is in, counting pairs that are present.
+
+    Args:
+        value: (P, V) values of pairs.
+        left_P, right_P: the pairs' views.
+        num_views: S.
+        present: (P, V) bool, which pairs count for an entity.
+
+    Returns:
+        (S, V); 0 for a view without a present pair.
+    """
+    shape = (num_views, *value.shape[1:])
+    masked, counted = value * present, present.to(value.dtype)
+    total = value.new_zeros(shape).index_add(0, left_P, masked).index_add(0, right_P, masked)
+    count = value.new_zeros(shape).index_add(0, left_P, counted).index_add(0, right_P, counted)
+    return total / count.clamp_min(1)
+
+
+class Fusion(nn.Module):
+    """Views (M, K, V, D) to fused entities (V, D)."""
+
+    def __init__(self, num_modalities: int, num_experts: int, width: int, settings: FusionSettings, generator: torch.Generator) -> None:
+        super().__init__()
+        M, K = num_modalities, num_experts
+        self.shape, self.settings = (M, K), settings
+        if settings.estimator in ("mine", "cosine"):
+            self.intra = PairInformation(M * K, pairs_within(M, K), width, settings, generator)
+            self.inter = PairInformation(M, pairs_between(M), width, settings, generator)
+        if settings.estimator == "attention":
+            self.intra_query_MKD = nn.Parameter(torch.randn(M, K, width, generator=generator) * width**-0.5)
+            self.inter_query_MD = nn.Parameter(torch.randn(M, width, generator=generator) * width**-0.5)
+
+    def forward(self, view_MKVD: Tensor, present_MV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool) -> Fused:
+        """Mix experts, then modalities.
+
+        Args:
+            view_MKVD: (M, K, V, D) experts' views.
+            present_MV: (M, V) bool; an entity without any modality gives 0 and no NaN.
+            held_out_V: (V,) entities whose rows only estimate, see `mine`.
+            reduce: adds a tensor over ranks.
+            estimate: update the estimates and train their networks (training steps only).
+        """
+        M, K, V, D = view_MKVD.shape
+        present_SV = present_MV.repeat_interleave(K, 0)
+        intra_SV, intra_loss = self._weigh_experts(view_MKVD.reshape(M * K, V, D), present_SV, held_out_V, reduce, estimate)
+        intra_MKV = intra_SV.view(M, K, V)
+        z_MVD = torch.einsum("mkv,mkvd->mvd", intra_MKV.to(view_MKVD.dtype), view_MKVD)
+        inter_MV, inter_loss = self._weigh_modalities(z_MVD, present_MV, held_out_V, reduce, estimate)
+        z_VD = torch.einsum("mv,mvd->vd", inter_MV.to(z_MVD.dtype), z_MVD)
+        with torch.no_grad():
+            count_M = present_MV.sum(1).clamp_min(1)
+            mean_MK = (intra_MKV * present_MV[:, None]).sum(2) / count_M[:, None]
+            mean_M = (inter_MV * present_MV).sum(1) / count_M
+        return Fused(z_VD, intra_loss + inter_loss, mean_MK, mean_M, inter_MV.T)
+
+    def _weigh_experts(
+        self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool
+    ) -> tuple[Tensor, Tensor]:
+        (M, K), V = self.shape, view_SVD.shape[1]
+        zero = view_SVD.new_zeros((), dtype=torch.float32)
+        if self.settings.estimator == "attention":
+            score_SV = torch.einsum("svd,sd->sv", torch.tanh(view_SVD), self.intra_query_MKD.flatten(0, 1)).float()
+            return score_SV.view(M, K, V).softmax(1).view(M * K, V), zero
+        if self.settings.estimator == "uniform" or K == 1:
+            return torch.full((M * K, V), 1 / K, device=view_SVD.device), zero
+        redundancy_SV, loss = self._redundancy(self.intra, view_SVD, present_SV, held_out_V, reduce, estimate)
+        return (-redundancy_SV).view(M, K, V).softmax(1).view(M * K, V), loss
+
+    def _weigh_modalities(
+        self, z_MVD: Tensor, present_MV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool
+    ) -> tuple[Tensor, Tensor]:
+        M, V, _ = z_MVD.shape
+        loss = z_MVD.new_zeros((), dtype=torch.float32)
+        score_MV = z_MVD.new_zeros((M, V), dtype=torch.float32)
+        if self.settings.estimator == "attention":
+            score_MV = torch.einsum("mvd,md->mv", torch.tanh(z_MVD), self.inter_query_MD).float()
+        elif self.settings.estimator != "uniform" and M > 1:
+            redundancy_MV, loss = self._redundancy(self.inter, z_MVD, present_MV, held_out_V, reduce, estimate)
+            score_MV = -redundancy_MV
+        # -1e9 and not -inf: a row without any modality then gives finite weights, which the mask turns to 0.
+        return score_MV.masked_fill(~present_MV, -1e9).softmax(0) * present_MV, loss
+
+    def _redundancy(
+        self, pairs: PairInformation, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(S, V) mean redundancy of each view with its siblings, and the networks' loss."""
+        V = view_SVD.shape[1]
+        used_P, log_n_P, log_mean_exp_P = pairs.information_P.clone(), pairs.log_n_P.clone(), pairs.log_mean_exp_P.clone()
+        present_PV = present_SV[pairs.left_P] & present_SV[pairs.right_P]
+        loss = view_SVD.new_zeros((), dtype=torch.float32)
+        result = pairs.estimate(view_SVD, present_SV, held_out_V, reduce) if estimate else None
+        if result is not None:
+            loss = result.loss
+        if self.settings.scope == "entity":
+            information_PV = self._pointwise(pairs, view_SVD, result, log_mean_exp_P)
+        else:
+            if estimate and self.settings.weight_gradient == "flow":
+                # The value is the average's, the gradient this step's estimate on this rank's rows.
+                fresh_PV = pairs.cosine(view_SVD) if result is None else result.joint_PV
+                fresh_P = (fresh_PV * present_PV).sum(1) / present_PV.sum(1).clamp_min(1)
+                used_P = used_P + (fresh_P - fresh_P.detach())
+            information_PV = used_P[:, None].expand(-1, V)
+        redundancy_PV = pairs.redundancy(information_PV, log_n_P)
+        return mean_over_siblings(redundancy_PV, pairs.left_P, pairs.right_P, view_SVD.shape[0], present_PV), loss
+
+    def _pointwise(
+        self,
+        pairs: PairInformation,
+        view_SVD: Tensor,
+        result: MineEstimate | None,
+        log_mean_exp_P: Tensor,
+    ) -> Tensor:
+        """(P, V) T(x, y) - log E[exp T'] of each entity, or its cosine."""
+        if self.settings.estimator == "cosine":
+            return pairs.cosine(view_SVD if self.settings.weight_gradient == "flow" else view_SVD.detach())
+        if result is not None:
+            joint_PV = result.joint_PV
+        else:
+            views = view_SVD if self.settings.weight_gradient == "flow" else view_SVD.detach()
+            place = torch.arange(view_SVD.shape[1], device=view_SVD.device).expand(pairs.num_pairs, -1)
+            joint_PV, _ = pairs.mine.statistics(pairs.mine.standardise(views), place)
+        pointwise_PV = joint_PV - log_mean_exp_P[:, None]
+        return pointwise_PV if self.settings.weight_gradient == "flow" else pointwise_PV.detach()

@@ -1,0 +1,110 @@
+"""The completion loss of a batch of queries: one pure function, an eager reference and a compiled path.
+
+The two differ only in how distances to the pool are computed and in whether the arithmetic on (G, b, N) is fused;
+tests/model/test_loss.py holds them to each other, values and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mocme_dist.model.entropy import Weighting, negative_weights
+from mocme_dist.model.rotate import distance, pool_distance, rotate
+
+
+class LossSettings(NamedTuple):
+    """What the loss depends on besides tensors.
+
+    kind: contrastive | one_vs_all; gamma: the margin; weighting: of the negatives; compiled: fused path.
+    """
+
+    kind: str = "contrastive"
+    gamma: float = 12.0
+    weighting: Weighting = Weighting()
+    compiled: bool = False
+
+
+class LossStats(NamedTuple):
+    """Sums over this rank's queries, detached: the caller adds ranks and divides by `queries`."""
+
+    loss: Tensor
+    positive: Tensor
+    negative: Tensor
+    classes_3: Tensor
+    allowed: Tensor
+    positive_score: Tensor
+    queries: Tensor
+
+
+def _contrastive(
+    positive_Gb: Tensor, negative_GbN: Tensor, allowed_GbN: Tensor, weight_Gb: Tensor, gamma: float, weighting: Weighting
+) -> tuple[Tensor, ...]:
+    """Sums over queries of the loss and of its parts, from distances; see `completion_loss`."""
+    score_GbN = gamma - negative_GbN
+    share_GbN, class_GbN = negative_weights(score_GbN, allowed_GbN, weighting)
+    positive = (weight_Gb * functional.softplus(positive_Gb - gamma)).sum()
+    negative = (weight_Gb * (share_GbN * functional.softplus(score_GbN)).sum(-1)).sum()
+    counted_GbN = allowed_GbN * weight_Gb[..., None]
+    classes_3 = torch.stack([((class_GbN == c) * counted_GbN).sum() for c in range(3)])
+    return (positive + negative) / 2, positive.detach(), negative.detach(), classes_3, counted_GbN.sum()
+
+
+def _one_vs_all(
+    positive_Gb: Tensor, negative_GbN: Tensor, allowed_GbN: Tensor, weight_Gb: Tensor, gamma: float, weighting: Weighting
+) -> tuple[Tensor, ...]:
+    """Softmax cross-entropy of the target against every entity that is no other known answer; arguments as `_contrastive`."""
+    score_GbN = (gamma - negative_GbN).masked_fill(~allowed_GbN, -torch.inf)
+    target_Gb = gamma - positive_Gb
+    everyone_Gb = torch.logaddexp(torch.logsumexp(score_GbN, dim=-1), target_Gb)
+    loss = (weight_Gb * (everyone_Gb - target_Gb)).sum()
+    counted = (allowed_GbN * weight_Gb[..., None]).sum()
+    return loss, loss.detach(), torch.zeros_like(loss), torch.zeros(3, device=loss.device), counted
+
+
+@cache
+def _reduction(kind: str, compiled: bool) -> Callable:
+    function = {"contrastive": _contrastive, "one_vs_all": _one_vs_all}[kind]
+    return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
+
+
+def completion_loss(
+    source_GbD: Tensor,
+    phase_GbC: Tensor,
+    sign_Gb: Tensor,
+    target_GbD: Tensor,
+    pool_GND: Tensor,
+    allowed_GbN: Tensor,
+    weight_Gb: Tensor,
+    settings: LossSettings,
+) -> tuple[Tensor, LossStats]:
+    """Sum over queries of (-log s(p) - sum_i w_i log s(-n_i)) / 2, with s the sigmoid, p and n_i scores gamma - distance.
+
+    Args:
+        source_GbD: (G, b, D) source entities of each chunk's queries.
+        phase_GbC: (G, b, C) phases of their relations.
+        sign_Gb: (G, b) +1 tail query, -1 head query.
+        target_GbD: (G, b, D) true answers.
+        pool_GND: (G, N, D) shared candidates of each chunk.
+        allowed_GbN: (G, b, N) bool, False where a candidate is a known answer of the query.
+        weight_Gb: (G, b) 1 for a query, 0 for filling.
+        settings: see `LossSettings`.
+
+    Returns:
+        The summed loss (a scalar with a gradient; divide by the number of queries) and detached sums for the log.
+    """
+    query_GbD = rotate(source_GbD, phase_GbC, sign_Gb)
+    positive_Gb = distance(query_GbD, target_GbD)
+    negative_GbN = pool_distance(query_GbD, pool_GND, settings.compiled)
+    reduce = _reduction(settings.kind, settings.compiled)
+    loss, positive, negative, classes_3, allowed = reduce(
+        positive_Gb, negative_GbN, allowed_GbN, weight_Gb, settings.gamma, settings.weighting
+    )
+    positive_score = (weight_Gb * (settings.gamma - positive_Gb)).sum().detach()
+    stats = LossStats(loss.detach(), positive, negative, classes_3.float(), allowed.float(), positive_score, weight_Gb.sum())
+    return loss, stats

@@ -1,0 +1,51 @@
+"""From each modality's raw width to D: Linear-ReLU-Linear, one a modality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Projection(nn.Module):
+    """One modality's projection; raw features are standardised first with fixed statistics.
+
+    Statistics are those of the present entities, set once before training (`set_statistics`); the structure
+    modality has none to set.
+    """
+
+    def __init__(self, raw_width: int, hidden: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(raw_width, hidden)
+        self.second = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("mean_F", torch.zeros(raw_width))
+        self.register_buffer("scale_F", torch.ones(raw_width))
+
+    def set_statistics(self, mean_F: Tensor, std_F: Tensor) -> None:
+        """Use these to standardise; columns that hardly vary are only centred."""
+        self.mean_F.copy_(mean_F)
+        self.scale_F.copy_(torch.where(std_F > 1e-6, 1 / std_F.clamp_min(1e-6), torch.ones_like(std_F)))
+
+    def forward(self, raw_UF: Tensor) -> Tensor:
+        """(U, F) raw features to (U, D)."""
+        standard_UF = ((raw_UF.float() - self.mean_F.float()) * self.scale_F.float()).to(self.first.weight.dtype)
+        return self.dropout(self.second(torch.relu(self.first(standard_UF))))
+
+
+class Projections(nn.Module):
+    """All modalities side by side; the order of `raw_widths` is the order of M everywhere."""
+
+    def __init__(self, raw_widths: Mapping[str, int], hidden: int, width: int, dropout: float, structure: str) -> None:
+        super().__init__()
+        self.by_modality = nn.ModuleDict(
+            {
+                name: nn.Identity() if name == "structure" and structure == "identity" else Projection(raw, hidden, width, dropout)
+                for name, raw in raw_widths.items()
+            }
+        )
+
+    def forward(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """Raw features (U, F) of each modality to (M, U, D)."""
+        return torch.stack([projection(raw[name]) for name, projection in self.by_modality.items()])

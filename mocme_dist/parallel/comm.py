@@ -1,0 +1,102 @@
+"""The ranks of a run: who am I, on which device, and the few collectives that others need.
+
+There is always a process group, also for one process, so that no code has a branch for it. A second group of gloo
+carries the ids of coming steps from a background thread: its collectives never mix with those of the step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mocme_dist.errors import RankError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Comm:
+    """This process among the others; `ahead` is the background thread's own group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    ahead: dist.ProcessGroup
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` added over all ranks, as a new tensor without a gradient."""
+        total = value.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank passes True."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, in order, on every rank; for small plain objects."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Value) -> Value:
+        """Rank 0's value on every rank; for small plain objects."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            self.sum(torch.zeros(1, device=self.device))
+
+    def raise_together(self, error: BaseException | None) -> None:
+        """Raise on every rank when any rank passes an error: its own there, RankError elsewhere."""
+        messages = self.gather(None if error is None else f"rank {self.rank}: {type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if failed := [message for message in messages if message]:
+            raise RankError("; ".join(failed))
+
+
+def pick_device() -> torch.device:
+    """This rank's accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@contextmanager
+def communication(timeout_s: int) -> Iterator[Comm]:
+    """Join the process group that a launcher has made or described in the environment; alone otherwise.
+
+    Under Ray Train the group exists already; under torchrun RANK and MASTER_ADDR say how to join; else this process
+    is the only rank. A group made here is destroyed at the end.
+    """
+    device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    made_here = not dist.is_initialized()
+    if made_here:
+        backend, timeout = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        ahead = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        yield Comm(dist.get_rank(), dist.get_world_size(), device, ahead)
+    finally:
+        if made_here:
+            dist.destroy_process_group()

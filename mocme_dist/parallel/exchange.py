@@ -1,0 +1,97 @@
+"""Who needs whose rows, and moving D numbers an entity between ranks.
+
+A rank asks for ascending unique ids; ranges are contiguous, so its requests fall into one run per owner. An owner
+answers each asked row once to each asker, and computes it once whoever asked. Ids travel ahead of the step on their
+own group (`plan_route`); vectors travel inside it (`Exchange`), forward, and gradients backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mocme_dist.parallel.comm import Comm
+from mocme_dist.partition import RowPartition
+
+
+@dataclass(frozen=True)
+class Route:
+    """One step's exchange, seen from one rank.
+
+    Attributes:
+        rows_V: (V,) ascending unique local rows of this rank that anybody asked for.
+        asked_A: (A,) position in rows_V of each vector that is sent, askers in order of rank.
+        asked_counts: how many of them go to each rank; sums to A.
+        wanted_counts: how many vectors come from each rank; sums to U.
+    """
+
+    rows_V: Tensor
+    asked_A: Tensor
+    asked_counts: list[int]
+    wanted_counts: list[int]
+
+    def to(self, device: torch.device) -> Route:
+        """The same route with its tensors on `device`."""
+        rows_V, asked_A = self.rows_V.to(device, non_blocking=True), self.asked_A.to(device, non_blocking=True)
+        return Route(rows_V, asked_A, self.asked_counts, self.wanted_counts)
+
+    @property
+    def sent_vectors(self) -> int:
+        """Vectors that leave this rank for another one."""
+        return sum(self.asked_counts)
+
+
+def plan_route(ids_U: np.ndarray, partition: RowPartition, comm: Comm) -> Route:
+    """Tell every owner which of its rows this rank needs, and learn which of one's own are needed.
+
+    Collective over `comm.ahead`, on the CPU; called by the background thread a step ahead.
+
+    Args:
+        ids_U: (U,) ascending unique global ids.
+    """
+    first, _ = partition.bounds(comm.rank)
+    cuts = np.searchsorted(ids_U, partition.starts())
+    wanted_counts = np.diff(cuts).tolist()
+    if comm.world_size == 1:
+        rows_V = torch.from_numpy(ids_U)
+        return Route(rows_V, torch.arange(len(ids_U)), wanted_counts, wanted_counts)
+    asked = torch.empty(comm.world_size, dtype=torch.int64)
+    dist.all_to_all_single(asked, torch.tensor(wanted_counts, dtype=torch.int64), group=comm.ahead)
+    asked_counts = asked.tolist()
+    ids_A = torch.empty(sum(asked_counts), dtype=torch.int64)
+    dist.all_to_all_single(ids_A, torch.from_numpy(np.ascontiguousarray(ids_U)), asked_counts, wanted_counts, group=comm.ahead)
+    rows_V, asked_A = torch.unique(ids_A - first, sorted=True, return_inverse=True)
+    return Route(rows_V, asked_A, asked_counts, wanted_counts)
+
+
+class Exchange(torch.autograd.Function):
+    """Vectors from their owners to those who asked; gradients the other way, added where several asked."""
+
+    @staticmethod
+    def forward(ctx, z_VD: Tensor, route: Route) -> Tensor:  # type: ignore[no-untyped-def]
+        """(V, D) this rank's vectors to (U, D) the asked ones, in the order of the ids asked for."""
+        ctx.route, ctx.num_rows = route, len(z_VD)
+        return _swap(z_VD[route.asked_A], route.wanted_counts, route.asked_counts)
+
+    @staticmethod
+    def backward(ctx, grad_UD: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        route: Route = ctx.route
+        grad_AD = _swap(grad_UD.contiguous(), route.asked_counts, route.wanted_counts)
+        return grad_UD.new_zeros(ctx.num_rows, grad_UD.shape[1]).index_add(0, route.asked_A, grad_AD), None
+
+
+def _swap(value: Tensor, receive: list[int], send: list[int]) -> Tensor:
+    if len(send) == 1:
+        return value
+    out = value.new_empty(sum(receive), *value.shape[1:])
+    dist.all_to_all_single(out, value, receive, send)
+    return out
+
+
+def exchange(z_VD: Tensor, route: Route) -> Tensor:
+    """(U, D) vectors that this rank asked for, from the (V, D) that all ranks computed; differentiable."""
+    return Exchange.apply(z_VD, route)

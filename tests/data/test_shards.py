@@ -1,0 +1,160 @@
+"""Shards come back as they were written, and nothing else comes back."""
+
+import io
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mocme_dist.data.shards import Sample, read_shard, write_shard
+from mocme_dist.errors import DataError
+
+LIMIT = 1 << 20
+
+
+def samples():
+    return [
+        Sample(3, {"text.json": b'{"label": "x"}'}),
+        Sample(4, {f"image.{n}.png": b"p" * (n + 500) for n in range(12)}),
+        Sample(900, {"numeric.json": b"{}", "image.0.webp": b""}),
+    ]
+
+
+def write_tar(path, members, kind=tarfile.REGTYPE, link=""):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(content), kind, link
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def read(path, entry=None, limit=LIMIT):
+    return list(read_shard(path, entry, limit))
+
+
+def test_round_trip_keeps_ids_members_and_their_order(tmp_path):
+    path = tmp_path / "entities-000000.tar"
+    entry = write_shard(path, samples())
+    found = read(path, entry)
+    assert [(s.id, s.members) for s in found] == [(s.id, s.members) for s in samples()]
+    assert [len(content) for content in found[1].files("image")] == list(range(500, 512))
+    assert (entry.name, entry.samples, entry.bytes) == (path.name, 3, path.stat().st_size)
+
+
+def test_equal_samples_give_equal_bytes(tmp_path):
+    one, other = write_shard(tmp_path / "a.tar", samples()), write_shard(tmp_path / "b.tar", samples())
+    assert one.sha256 == other.sha256 and (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+def test_webdataset_itself_reads_the_shard(tmp_path):
+    import webdataset
+
+    write_shard(tmp_path / "a.tar", samples())
+    found = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    assert [s["__key__"] for s in found] == ["000000000003", "000000000004", "000000000900"]
+    assert found[0]["text.json"] == b'{"label": "x"}'
+
+
+def test_shard_without_samples_is_good_only_if_the_manifest_says_so(tmp_path):
+    entry = write_shard(tmp_path / "a.tar", [])
+    assert read(tmp_path / "a.tar", entry) == []
+    with pytest.raises(DataError, match=r"a.tar: 0 samples, expected at least one"):
+        read(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 511, 512, 600, 1024, 1124, 5120, "data", "data + 512"])
+def test_cut_shards_are_found_with_and_without_a_manifest(tmp_path, kept):
+    path = tmp_path / "entities-000000.tar"
+    entry = write_shard(path, samples())
+    content = path.read_bytes()
+    # Three samples of 1, 12 and 2 members: headers of 512 bytes, contents padded to 512 (the twelve hold 500 to 511 bytes).
+    data = 512 * (2 + 24 + 2 + 1)
+    path.write_bytes(content[: {"data": data, "data + 512": data + 512}.get(kept, kept)])
+    with pytest.raises(DataError, match=r"entities-000000.tar: [\d,]+ bytes, the manifest says 20,480 with 3 samples"):
+        read(path, entry)
+    with pytest.raises(DataError, match=r"entities-000000.tar: (byte \d+: .*the shard is cut|the shard is empty)"):
+        read(path)
+
+
+def test_flipped_byte_and_wrong_count_are_found(tmp_path):
+    path = tmp_path / "a.tar"
+    entry = write_shard(path, samples())
+    with pytest.raises(DataError, match="3 samples, the manifest says 4"):
+        read(path, replace(entry, samples=4))
+    content = bytearray(path.read_bytes())
+    content[520] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="sha256"):
+        read(path, entry)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 10240, b"garbage" * 1000, b"\x1f\x8b" + b"z" * 2000])
+def test_garbage_is_not_a_shard(tmp_path, content):
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.tar: "):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (
+            ["000000000001.text.json", "000000000002.text.json", "000000000001.numeric.json"],
+            r"byte 2048: key 000000000001 comes back, it began at byte 0",
+        ),
+        (["000000000001.text.json", "000000000001.text.json"], r"byte 1024: '000000000001.text.json' is there twice"),
+        (["000000000002.text.json", "000000000001.text.json"], r"expected ascending keys"),
+        (["../../000000000001.text.json"], r"does not belong in a shard"),
+        (["/etc/passwd"], r"does not belong"),
+        (["000000000001.text.pkl"], r"does not belong"),
+        (["000000000001.image.0.pyd"], r"does not belong"),
+        (["000000000001.image.0.PNG"], r"does not belong"),
+        (["1.text.json"], r"does not belong"),
+        (["m.027rn.jpg"], r"does not belong"),
+        (["000000000001.text.json\n"], r"does not belong"),
+    ],
+)
+def test_members_that_do_not_belong_are_refused(tmp_path, names, message):
+    path = write_tar(tmp_path / "a.tar", [(name, b"x") for name in names])
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", [("000000000001.text.json", b"")], kind, "/etc/passwd")
+    with pytest.raises(DataError, match="not a plain file"):
+        read(path)
+
+
+def test_large_member_is_refused_before_it_is_read(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("000000000001.text.json", b"x" * 2000)])
+    with pytest.raises(DataError, match=r"claims 2,000 bytes, above the limit of 1,999"):
+        read(path, limit=1999)
+    # A header may claim anything; nothing of that size is there.
+    info = tarfile.TarInfo("000000000001.text.json")
+    info.size = 1 << 30
+    path.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + b"x" * 1024)
+    with pytest.raises(DataError, match=r"claims 1,073,741,824 bytes"):
+        read(path)
+    with pytest.raises(DataError, match=r"the file ends before; the shard is cut"):
+        read(path, limit=1 << 31)
+
+
+def test_pipe_is_a_file_name_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="shard not found"):
+        read(Path("pipe:touch sentinel"))
+    assert not (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [[Sample(2), Sample(1)], [Sample(1), Sample(1)], [Sample(1, {"text.pkl": b""})], [Sample(1, {"a/b": b""})]]
+)
+def test_writer_refuses_what_the_reader_would(tmp_path, wrong):
+    with pytest.raises(DataError):
+        write_shard(tmp_path / "a.tar", wrong)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,1 @@
+"""Benchmarks: one subject a file, parity first, one JSON line last; figures in RESULTS.md."""

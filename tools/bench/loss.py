@@ -1,0 +1,127 @@
+"""The compiled loss against its eager reference: `python -m tools.bench.loss [--quick]`.
+
+Both compute forward and backward of the same batch: B queries in chunks that share N negatives. Parity is checked
+first (values and gradients). Peak extra memory is measured in a fresh process for each of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+import torch
+
+from mocme_dist.model.loss import LossSettings, completion_loss
+from tools.bench.common import finish, measure, row
+
+
+def make_batch(queries: int, negatives: int, width: int, chunk: int) -> dict[str, torch.Tensor]:
+    """Random inputs of `completion_loss`, seeded."""
+    generator = torch.Generator().manual_seed(0)
+    groups = queries // chunk
+    scale = 14 / width
+    normal = lambda *shape: torch.randn(*shape, generator=generator) * scale  # noqa: E731
+    batch = {
+        "source_GbD": normal(groups, chunk, width).requires_grad_(),
+        "phase_GbC": torch.randn(groups, chunk, width // 2, generator=generator).requires_grad_(),
+        "sign_Gb": torch.randint(2, (groups, chunk), generator=generator).float() * 2 - 1,
+        "target_GbD": normal(groups, chunk, width).requires_grad_(),
+        "pool_GND": normal(groups, negatives, width).requires_grad_(),
+        "allowed_GbN": torch.rand(groups, chunk, negatives, generator=generator) > 0.01,
+        "weight_Gb": torch.ones(groups, chunk),
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: value.detach().to(device).requires_grad_(value.requires_grad) for name, value in batch.items()}
+
+
+def run(batch: dict[str, torch.Tensor], compiled: bool) -> tuple[torch.Tensor, ...]:
+    """Loss and gradients of one batch."""
+    loss, _ = completion_loss(**batch, settings=LossSettings(compiled=compiled))  # type: ignore[arg-type]
+    leaves = [value for value in batch.values() if value.requires_grad]
+    return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+def close(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> bool:
+    """Equal to 1e-5 of each tensor's largest magnitude."""
+    return all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(left, right, strict=True))
+
+
+def peak_extra_mb(args: argparse.Namespace, compiled: bool) -> float:
+    """Peak memory that one forward and backward adds, in MB, from a process of its own."""
+    command = [sys.executable, "-m", "tools.bench.loss", "--child", str(int(compiled))]
+    for name in ("queries", "negatives", "width", "chunk"):
+        command += [f"--{name}", str(getattr(args, name))]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+
+
+def child(args: argparse.Namespace) -> None:
+    """Measure this process's own peak around one call; the first call has compiled and warmed up on a small batch."""
+    compiled = bool(args.child)
+    batch = make_batch(args.queries, args.negatives, args.width, args.chunk)
+    if torch.cuda.is_available():
+        run(batch, compiled)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        run(batch, compiled)
+        print(json.dumps(torch.cuda.max_memory_allocated() / 2**20 - before))
+        return
+    # The peak of a process never falls, so compilation must not set it: the compiled child compiles first, and its
+    # peak is read through the kernel's resettable high-water mark.
+    run(batch, compiled) if compiled else run(make_batch(args.chunk, 8, args.width, args.chunk), compiled)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = current_rss_mb()
+    run(batch, compiled)
+    print(json.dumps(high_water_mb() - before))
+
+
+def _status_mb(key: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(float(line.split()[1]) / 1024 for line in file if line.startswith(key))
+
+
+def current_rss_mb() -> float:
+    """Resident memory now, in MB."""
+    return _status_mb("VmRSS")
+
+
+def high_water_mb() -> float:
+    """Peak resident memory since the mark was last reset, in MB."""
+    return _status_mb("VmHWM")
+
+
+def main() -> None:
+    """Parse, check parity, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--queries", type=int, default=1024)
+    parser.add_argument("--negatives", type=int, default=256)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is not None:
+        child(args)
+        return
+    batch = make_batch(args.queries, args.negatives, args.width, args.chunk)
+    parity = close(run(batch, True), run(batch, False))
+    repeats = 5 if args.quick else 20
+    eager_ms, eager_p90 = measure(lambda: run(batch, False), 1, repeats)
+    fused_ms, fused_p90 = measure(lambda: run(batch, True), 3, 20)
+    eager_mb, fused_mb = peak_extra_mb(args, False), peak_extra_mb(args, True)
+    print(f"eager    {eager_ms:9.2f} ms (p90 {eager_p90:.2f}), peak extra {eager_mb:.0f} MB")
+    print(f"compiled {fused_ms:9.2f} ms (p90 {fused_p90:.2f}), peak extra {fused_mb:.0f} MB")
+    rows = [
+        row("speedup", eager_ms / fused_ms, "x", ">= 20"),
+        row("memory_ratio", fused_mb / eager_mb, "compiled / eager", "<= 0.05"),
+        row("eager_ms", eager_ms, "ms"),
+        row("compiled_ms", fused_ms, "ms"),
+    ]
+    shapes = {"B": args.queries, "N": args.negatives, "D": args.width, "chunk": args.chunk}
+    finish("loss", parity, rows, shapes=shapes)
+
+
+if __name__ == "__main__":
+    main()
