@@ -1,0 +1,1 @@
+"""Generators, benchmarks and checks that are run from a checkout."""
