@@ -15,14 +15,17 @@ class Experts(nn.Module):
     layers are M K products of (D, D). `residual` adds the input to each view.
     """
 
-    def __init__(self, num_modalities: int, num_experts: int, width: int, dropout: float, residual: bool, generator: torch.Generator) -> None:
+    def __init__(
+        self, num_modalities: int, num_experts: int, width: int, dropout: float, residual: bool, generator: torch.Generator
+    ) -> None:
         super().__init__()
         M, K, D = num_modalities, num_experts, width
         bound = (6 / D) ** 0.5  # Kaiming uniform for ReLU: views keep the inputs' scale
         uniform = lambda *shape: nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * bound)  # noqa: E731
         self.first_MDH = uniform(M, D, K * D)
         self.first_bias_MH = nn.Parameter(torch.zeros(M, K * D))
-        self.second_LDD = nn.Parameter(uniform(M * K, D, D).data / 2**0.5)
+        # A residual expert starts as the identity; first layers differ, so the experts part with the first gradient.
+        self.second_LDD = nn.Parameter(uniform(M * K, D, D).data * (0.0 if residual else 2**-0.5))
         self.second_bias_LD = nn.Parameter(torch.zeros(M * K, D))
         self.dropout = nn.Dropout(dropout)
         self.residual, self.num_experts = residual, num_experts
@@ -34,9 +37,9 @@ class Experts(nn.Module):
             ShapeError: the input has another number of modalities or width.
         """
         M, U, D = x_MUD.shape
-        if (M, D) != self.first_MDH.shape[:2]:
+        if self.first_MDH.shape[:2] != (M, D):
             raise ShapeError(f"Experts: x_MUD is ({M}, {U}, {D}), expected M and D of {tuple(self.first_MDH.shape[:2])}")
-        K = self.num_experts
+        K, x_MUD = self.num_experts, x_MUD.to(self.first_MDH.dtype)
         hidden_MUH = torch.relu(torch.baddbmm(self.first_bias_MH[:, None], x_MUD, self.first_MDH))
         hidden_LUD = self.dropout(hidden_MUH).view(M, U, K, D).transpose(1, 2).reshape(M * K, U, D)
         views = torch.baddbmm(self.second_bias_LD[:, None], hidden_LUD, self.second_LDD).view(M, K, U, D)

@@ -29,6 +29,7 @@ class FusionSettings(NamedTuple):
     ema: float = 0.95
     bounded: bool = True
     clip: float = 10.0
+    rows: int = 0
 
 
 class Fused(NamedTuple):
@@ -54,7 +55,16 @@ class PairInformation(nn.Module):
     Buffers: information_P (nats, or mean cosine), log_n_P (its cap), log_mean_exp_P, seen_P (whether ever estimated).
     """
 
-    def __init__(self, num_views: int, pairs: list[tuple[int, int]], width: int, settings: FusionSettings, generator: torch.Generator) -> None:
+    left_P: Tensor
+    right_P: Tensor
+    information_P: Tensor
+    log_n_P: Tensor
+    log_mean_exp_P: Tensor
+    seen_P: Tensor
+
+    def __init__(
+        self, num_views: int, pairs: list[tuple[int, int]], width: int, settings: FusionSettings, generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.settings, self.num_pairs = settings, len(pairs)
         if settings.estimator == "mine" and pairs:
@@ -79,16 +89,21 @@ class PairInformation(nn.Module):
         return information / self.settings.temperature
 
     def estimate(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce) -> MineEstimate | None:
-        """Update the averages from this step's rows; the estimate of `mine`, None for cosine."""
+        """Update the averages from this step's rows, or from an even sample of them; the estimate of `mine`, None for cosine."""
+        if 0 < self.settings.rows < view_SVD.shape[1]:
+            # Odd, so that a batch of consecutive ids keeps both halves of the entities.
+            stride = -(-view_SVD.shape[1] // self.settings.rows) | 1
+            view_SVD, present_SV, held_out_V = view_SVD[:, ::stride], present_SV[:, ::stride], held_out_V[::stride]
         if self.settings.estimator == "cosine":
             present_PV = present_SV[self.left_P] & present_SV[self.right_P]
             with torch.no_grad():
                 cosine_PV = self.cosine(view_SVD)
                 total_P, count_P = reduce(torch.stack([(cosine_PV * present_PV).sum(1), present_PV.sum(1)]).double())
-            self._average(count_P > 0, (total_P / count_P.clamp_min(1)).float(), count_P.clamp_min(1).log().float(), torch.zeros_like(self.seen_P))
+            self._average(
+                count_P > 0, (total_P / count_P.clamp_min(1)).float(), count_P.clamp_min(1).log().float(), torch.zeros_like(self.seen_P)
+            )
             return None
-        views = view_SVD if self.settings.weight_gradient == "flow" else view_SVD.detach()
-        result = self.mine(views, present_SV, held_out_V, reduce, self.settings.bounded, self.settings.clip)
+        result = self.mine(view_SVD, present_SV, held_out_V, reduce, self.settings.bounded, self.settings.clip)
         self._average(result.valid_P, result.information_P, result.log_n_P, result.log_mean_exp_P)
         return result
 
@@ -97,8 +112,21 @@ class PairInformation(nn.Module):
         unit_SVD = functional.normalize(view_SVD.float(), dim=-1)
         return (unit_SVD[self.left_P] * unit_SVD[self.right_P]).sum(-1)
 
+    def pointwise(self, view_SVD: Tensor, log_mean_exp_P: Tensor) -> Tensor:
+        """(P, V) T(x, y) - log E[exp T'] of each entity, or its cosine."""
+        if self.settings.estimator == "cosine":
+            return self.cosine(view_SVD)
+        return self.mine.pointwise(view_SVD) - log_mean_exp_P[:, None]
+
+    def differentiable(self, view_SVD: Tensor, present_SV: Tensor) -> Tensor:
+        """(P,) this rank's estimate with a gradient to the views."""
+        if self.settings.estimator == "mine":
+            return self.mine.differentiable(view_SVD, present_SV, self.settings.bounded, self.settings.clip)
+        present_PV = present_SV[self.left_P] & present_SV[self.right_P]
+        return (self.cosine(view_SVD) * present_PV).sum(1) / present_PV.sum(1).clamp_min(1)
+
     def _average(self, valid_P: Tensor, information_P: Tensor, log_n_P: Tensor, log_mean_exp_P: Tensor) -> None:
-        keep = torch.where(self.seen_P > 0, self.settings.ema, 0.0)
+        keep: Tensor = torch.where(self.seen_P > 0, self.settings.ema, 0.0)
         keep = torch.where(valid_P, keep, 1.0)
         for name, new in (("information_P", information_P), ("log_n_P", log_n_P), ("log_mean_exp_P", log_mean_exp_P)):
             buffer = getattr(self, name)
@@ -193,40 +221,19 @@ class Fusion(nn.Module):
         self, pairs: PairInformation, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool
     ) -> tuple[Tensor, Tensor]:
         """(S, V) mean redundancy of each view with its siblings, and the networks' loss."""
-        V = view_SVD.shape[1]
         used_P, log_n_P, log_mean_exp_P = pairs.information_P.clone(), pairs.log_n_P.clone(), pairs.log_mean_exp_P.clone()
         present_PV = present_SV[pairs.left_P] & present_SV[pairs.right_P]
-        loss = view_SVD.new_zeros((), dtype=torch.float32)
         result = pairs.estimate(view_SVD, present_SV, held_out_V, reduce) if estimate else None
-        if result is not None:
-            loss = result.loss
+        loss = view_SVD.new_zeros((), dtype=torch.float32) if result is None else result.loss
+        flows = self.settings.weight_gradient == "flow"
+        views = view_SVD if flows else view_SVD.detach()
         if self.settings.scope == "entity":
-            information_PV = self._pointwise(pairs, view_SVD, result, log_mean_exp_P)
+            information_PV = pairs.pointwise(views, log_mean_exp_P)
         else:
-            if estimate and self.settings.weight_gradient == "flow":
+            if estimate and flows:
                 # The value is the average's, the gradient this step's estimate on this rank's rows.
-                fresh_PV = pairs.cosine(view_SVD) if result is None else result.joint_PV
-                fresh_P = (fresh_PV * present_PV).sum(1) / present_PV.sum(1).clamp_min(1)
+                fresh_P = pairs.differentiable(views, present_SV)
                 used_P = used_P + (fresh_P - fresh_P.detach())
-            information_PV = used_P[:, None].expand(-1, V)
+            information_PV = used_P[:, None].expand(-1, view_SVD.shape[1])
         redundancy_PV = pairs.redundancy(information_PV, log_n_P)
         return mean_over_siblings(redundancy_PV, pairs.left_P, pairs.right_P, view_SVD.shape[0], present_PV), loss
-
-    def _pointwise(
-        self,
-        pairs: PairInformation,
-        view_SVD: Tensor,
-        result: MineEstimate | None,
-        log_mean_exp_P: Tensor,
-    ) -> Tensor:
-        """(P, V) T(x, y) - log E[exp T'] of each entity, or its cosine."""
-        if self.settings.estimator == "cosine":
-            return pairs.cosine(view_SVD if self.settings.weight_gradient == "flow" else view_SVD.detach())
-        if result is not None:
-            joint_PV = result.joint_PV
-        else:
-            views = view_SVD if self.settings.weight_gradient == "flow" else view_SVD.detach()
-            place = torch.arange(view_SVD.shape[1], device=view_SVD.device).expand(pairs.num_pairs, -1)
-            joint_PV, _ = pairs.mine.statistics(pairs.mine.standardise(views), place)
-        pointwise_PV = joint_PV - log_mean_exp_P[:, None]
-        return pointwise_PV if self.settings.weight_gradient == "flow" else pointwise_PV.detach()

@@ -27,21 +27,17 @@ class MineEstimate(NamedTuple):
 
     Attributes:
         loss: scalar whose gradient ascends the bound of every pair (networks only).
-        information_P: estimates in nats over all ranks, detached, at least 0 and capped with `bounded`.
+        information_P: estimates in nats over all ranks, at least 0 and capped with `bounded`.
         log_n_P: log of the number of rows behind each estimate; nothing above it can be certified.
+        log_mean_exp_P: log E[exp T'] over all ranks.
         valid_P: pairs with at least two rows to estimate from.
-        joint_PV: T on joint rows, with a gradient to the views unless they were detached.
-        log_mean_exp_P: log E[exp T'] over all ranks, detached.
-        present_PV: rows that have both sides.
     """
 
     loss: Tensor
     information_P: Tensor
     log_n_P: Tensor
-    valid_P: Tensor
-    joint_PV: Tensor
     log_mean_exp_P: Tensor
-    present_PV: Tensor
+    valid_P: Tensor
 
 
 def pairs_within(num_modalities: int, num_experts: int) -> list[tuple[int, int]]:
@@ -75,8 +71,11 @@ def next_valid(valid_PV: Tensor) -> Tensor:
     return torch.where(following < V, following, place)
 
 
-class Mine(nn.Module):
-    """One statistics network for each pair of S views: T(x, y) = w . relu(W relu(A x + B y + b) + c)."""
+class StatisticsNetworks(nn.Module):
+    """P networks on pairs of S views: T(x, y) = w . relu(W relu(A x + B y + b) + c)."""
+
+    left_P: Tensor
+    right_P: Tensor
 
     def __init__(self, num_views: int, pairs: list[tuple[int, int]], width: int, hidden: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -87,15 +86,53 @@ class Mine(nn.Module):
         self.second_PHH = normal((2 / H) ** 0.5, P, H, H)
         self.second_bias_PH = nn.Parameter(torch.zeros(P, H))
         self.last_PH = normal(H**-0.5 * 0.1, P, H)
-        left, right = zip(*pairs, strict=True) if pairs else ((), ())
+        left, right = zip(*pairs, strict=True)
         self.register_buffer("left_P", torch.tensor(left, dtype=torch.long), persistent=False)
         self.register_buffer("right_P", torch.tensor(right, dtype=torch.long), persistent=False)
+
+    def forward(self, view_SVD: Tensor, partner_PV: Tensor | None, frozen: bool) -> tuple[Tensor, Tensor | None]:
+        """T on joint rows and, with partners, on marginal pairs (row i left, its partner right), each (P, V) float32.
+
+        Args:
+            view_SVD: (S, V, D) standardised views.
+            partner_PV: (P, V) rows to pair with, or None for the joint rows alone.
+            frozen: no gradient to the networks, only to the views.
+        """
+        take = (lambda parameter: parameter.detach()) if frozen else (lambda parameter: parameter)
+        H = self.first_bias_PH.shape[1]
+        sides_SVH = torch.bmm(view_SVD.to(self.sides_SDH.dtype), take(self.sides_SDH))
+        left_PVH = sides_SVH[self.left_P, :, :H] + take(self.first_bias_PH)[:, None]
+        right_PVH = sides_SVH[self.right_P, :, H:]
+        first_PWH = left_PVH + right_PVH
+        if partner_PV is not None:
+            shuffled_PVH = right_PVH.gather(1, partner_PV[..., None].expand_as(right_PVH))
+            # One product for both: the second layer sees joint and marginal rows side by side.
+            first_PWH = torch.cat([first_PWH, left_PVH + shuffled_PVH], 1)
+        second_PWH = torch.relu(torch.baddbmm(take(self.second_bias_PH)[:, None], torch.relu(first_PWH), take(self.second_PHH)))
+        value_PW = (second_PWH * take(self.last_PH)[:, None]).sum(-1).float()
+        if partner_PV is None:
+            return value_PW, None
+        joint_PV, marginal_PV = value_PW.chunk(2, 1)
+        return joint_PV, marginal_PV
+
+
+class Mine(nn.Module):
+    """Estimates for P pairs of S views: the networks, how they are trained and what is averaged over steps."""
+
+    mean_exp_P: Tensor
+    center_SD: Tensor
+    deviation_SD: Tensor
+    num_updates: Tensor
+
+    def __init__(self, num_views: int, pairs: list[tuple[int, int]], width: int, hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.networks = StatisticsNetworks(num_views, pairs, width, hidden, generator)
         # Moving average of E[exp T'] of the training half: MINE's correction of the gradient's bias.
-        self.register_buffer("mean_exp_P", torch.zeros(P))
+        self.register_buffer("mean_exp_P", torch.zeros(len(pairs)))
         # Moving mean and deviation of each view's columns, over all ranks: views are standardised with those of the
         # steps before, so a row's T depends on the row alone, in training and in evaluation, at any world size.
-        self.register_buffer("center_SD", torch.zeros(S, D))
-        self.register_buffer("deviation_SD", torch.ones(S, D))
+        self.register_buffer("center_SD", torch.zeros(num_views, width))
+        self.register_buffer("deviation_SD", torch.ones(num_views, width))
         self.register_buffer("num_updates", torch.zeros(1))
 
     def standardise(self, view_SVD: Tensor) -> Tensor:
@@ -103,41 +140,46 @@ class Mine(nn.Module):
         # Copies, because `forward` moves the buffers before autograd has used them.
         return (view_SVD.float() - self.center_SD[:, None].clone()) / self.deviation_SD[:, None].clone()
 
-    def statistics(self, view_SVD: Tensor, partner_PV: Tensor) -> tuple[Tensor, Tensor]:
-        """T on joint rows and on marginal pairs (row i left, its partner right) of standardised views, each (P, V) float32."""
-        H = self.first_bias_PH.shape[1]
-        sides_SVH = torch.bmm(view_SVD.to(self.sides_SDH.dtype), self.sides_SDH)
-        left_PVH = sides_SVH[self.left_P, :, :H] + self.first_bias_PH[:, None]
-        right_PVH = sides_SVH[self.right_P, :, H:]
-        shuffled_PVH = right_PVH.gather(1, partner_PV[..., None].expand_as(right_PVH))
-        # One product for both: the second layer sees joint and marginal rows side by side.
-        first_PWH = torch.relu(torch.cat([left_PVH + right_PVH, left_PVH + shuffled_PVH], 1))
-        second_PWH = torch.relu(torch.baddbmm(self.second_bias_PH[:, None], first_PWH, self.second_PHH))
-        joint_PV, marginal_PV = (second_PWH * self.last_PH[:, None]).sum(-1).float().chunk(2, 1)
-        return joint_PV, marginal_PV
+    def pointwise(self, view_SVD: Tensor) -> Tensor:
+        """(P, V) T of each entity's own pair of views, with a gradient to the views only."""
+        return self.networks(self.standardise(view_SVD), None, frozen=True)[0]
 
-    def forward(
-        self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce, bounded: bool, clip: float
-    ) -> MineEstimate:
+    def differentiable(self, view_SVD: Tensor, present_SV: Tensor, bounded: bool, clip: float) -> Tensor:
+        """(P,) this rank's estimate from all its rows, with a gradient to the views only."""
+        present_PV = present_SV[self.networks.left_P] & present_SV[self.networks.right_P]
+        joint_PV, marginal_PV = self.networks(self.standardise(view_SVD), next_valid(present_PV), frozen=True)
+        marginal_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
+        n_P = present_PV.sum(1).clamp_min(1)
+        log_mean_exp_P = torch.logsumexp(marginal_PV.masked_fill(~present_PV, -1e9), 1) - n_P.log()
+        return (joint_PV * present_PV).sum(1) / n_P - log_mean_exp_P
+
+    def forward(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce, bounded: bool, clip: float) -> MineEstimate:
         """Train on one half of the rows, estimate on the other.
 
         Args:
-            view_SVD: (S, V, D) views; pass them detached unless the estimate shall have a gradient to them.
+            view_SVD: (S, V, D) views; they get no gradient.
             present_SV: (S, V) which entities have the view.
             held_out_V: (V,) the half whose rows only estimate. Unused without `bounded`: all rows do both.
             reduce: adds a tensor over ranks.
             bounded, clip: see the mine section of the configuration.
         """
-        present_PV = present_SV[self.left_P] & present_SV[self.right_P]
+        view_SVD = view_SVD.detach()
+        present_PV = present_SV[self.networks.left_P] & present_SV[self.networks.right_P]
         train_PV = present_PV & ~held_out_V if bounded else present_PV
         estimate_PV = present_PV & held_out_V if bounded else present_PV
         partner_PV = torch.where(held_out_V, next_valid(estimate_PV), next_valid(train_PV)) if bounded else next_valid(present_PV)
-        joint_PV, marginal_PV = self.statistics(self.standardise(view_SVD), partner_PV)
+        joint_PV, marginal_PV = self.networks(self.standardise(view_SVD), partner_PV, frozen=False)
         clipped_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
         # float64: without the clip, exp of a diverging T must not overflow before anybody has seen it.
         exp_PV = clipped_PV.double().exp()
         with torch.no_grad():
-            sums = [train_PV.sum(1), (exp_PV * train_PV).sum(1), estimate_PV.sum(1), (joint_PV * estimate_PV).sum(1), (exp_PV * estimate_PV).sum(1)]
+            sums = [
+                train_PV.sum(1),
+                (exp_PV * train_PV).sum(1),
+                estimate_PV.sum(1),
+                (joint_PV * estimate_PV).sum(1),
+                (exp_PV * estimate_PV).sum(1),
+            ]
             moments = _moments(view_SVD, present_SV)
             # One reduction for everything that ranks must agree on.
             reduced = reduce(torch.cat([torch.stack([value.double() for value in sums]).flatten(), moments]))
@@ -151,15 +193,7 @@ class Mine(nn.Module):
             self._average(train_exp_P / trained_P.clamp_min(1))
         weight_PV = train_PV / trained_P.clamp_min(1)[:, None]
         ascent_P = (joint_PV * weight_PV).sum(1) - (exp_PV * weight_PV).sum(1) / self.mean_exp_P.clamp_min(1e-30)
-        return MineEstimate(
-            loss=-ascent_P.sum().float(),
-            information_P=information_P.float(),
-            log_n_P=n_P.log().float(),
-            valid_P=count_P >= 2,
-            joint_PV=joint_PV,
-            log_mean_exp_P=log_mean_exp_P.float(),
-            present_PV=present_PV,
-        )
+        return MineEstimate(-ascent_P.sum().float(), information_P.float(), n_P.log().float(), log_mean_exp_P.float(), count_P >= 2)
 
     def _follow_views(self, moments: Tensor) -> None:
         """Move the columns' mean and deviation towards this step's, which `_moments` summed over ranks."""

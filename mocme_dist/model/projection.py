@@ -15,6 +15,9 @@ class Projection(nn.Module):
     modality has none to set.
     """
 
+    mean_F: Tensor
+    scale_F: Tensor
+
     def __init__(self, raw_width: int, hidden: int, width: int, dropout: float) -> None:
         super().__init__()
         self.first = nn.Linear(raw_width, hidden)
@@ -48,4 +51,5 @@ class Projections(nn.Module):
 
     def forward(self, raw: Mapping[str, Tensor]) -> Tensor:
         """Raw features (U, F) of each modality to (M, U, D)."""
-        return torch.stack([projection(raw[name]) for name, projection in self.by_modality.items()])
+        projected = [projection(raw[name]) for name, projection in self.by_modality.items()]
+        return torch.stack([x_UD.to(projected[-1].dtype) for x_UD in projected])

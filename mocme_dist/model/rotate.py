@@ -100,11 +100,13 @@ class _PoolDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query_GbD: Tensor, pool_GND: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        """(G, b, N) distances."""
         ctx.save_for_backward(query_GbD, pool_GND)
         return _kernel("distance", True)(query_GbD, pool_GND)
 
     @staticmethod
     def backward(ctx, slope_GbN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        """Gradients of queries and candidates, where they are needed."""
         query_GbD, pool_GND = ctx.saved_tensors
         query_GDb, pool_GDN = query_GbD.mT.contiguous(), pool_GND.mT.contiguous()
         pull = _kernel("pull", True)

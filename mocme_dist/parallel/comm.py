@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mocme_dist import errors
 from mocme_dist.errors import RankError
 
 Value = TypeVar("Value")
@@ -62,12 +63,13 @@ class Comm:
             self.sum(torch.zeros(1, device=self.device))
 
     def raise_together(self, error: BaseException | None) -> None:
-        """Raise on every rank when any rank passes an error: its own there, RankError elsewhere."""
-        messages = self.gather(None if error is None else f"rank {self.rank}: {type(error).__name__}: {error}")
+        """Raise on every rank when any rank passes an error: its own there, the first failing rank's kind elsewhere."""
+        found = self.gather(None if error is None else (type(error).__name__, f"rank {self.rank}: {error}"))
         if error is not None:
             raise error
-        if failed := [message for message in messages if message]:
-            raise RankError("; ".join(failed))
+        if failed := [pair for pair in found if pair]:
+            kind = getattr(errors, failed[0][0], RankError)
+            raise kind("; ".join(message for _, message in failed))
 
 
 def pick_device() -> torch.device:

@@ -79,6 +79,7 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_UD: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        """(U, D) gradients of what was asked for to (V, D) gradients of this rank's vectors."""
         route: Route = ctx.route
         grad_AD = _swap(grad_UD.contiguous(), route.asked_counts, route.wanted_counts)
         return grad_UD.new_zeros(ctx.num_rows, grad_UD.shape[1]).index_add(0, route.asked_A, grad_AD), None

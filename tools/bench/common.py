@@ -34,7 +34,9 @@ def measure(function: Callable[[], object], warmup: int = 3, repeats: int = 20) 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -70,16 +71,15 @@ def child(args: argparse.Namespace) -> None:
     # The peak of a process never falls, so compilation must not set it: the compiled child compiles first, and its
     # peak is read through the kernel's resettable high-water mark.
     run(batch, compiled) if compiled else run(make_batch(args.chunk, 8, args.width, args.chunk), compiled)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    Path("/proc/self/clear_refs").write_text("5")
     before = current_rss_mb()
     run(batch, compiled)
     print(json.dumps(high_water_mb() - before))
 
 
 def _status_mb(key: str) -> float:
-    with open("/proc/self/status") as file:
-        return next(float(line.split()[1]) / 1024 for line in file if line.startswith(key))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def current_rss_mb() -> float:
