@@ -47,7 +47,8 @@ class DataConfig(Section):
         ("label", "description", "aliases"), min_length=1, description="Columns of text.tsv that make an entity's text, in this order."
     )
     unseen: Literal["error", "skip", "keep"] = Field(
-        "error", description="Valid and test triples whose entity or relation train never shows: stop, leave out, or rank them all the same."
+        "error",
+        description="Valid and test triples whose entity or relation train never shows: stop, leave out, or rank them all the same.",
     )
     allow_leakage: bool = Field(False, description="Accept test triples that also stand in train.")
     max_missing: float = Field(1.0, ge=0, le=1, description="Largest share of entities without any modality that is accepted.")
@@ -71,7 +72,8 @@ class ImageEncoderConfig(Section):
         description="'torchvision:NAME', 'transformers:FOLDER_OR_NAME', or 'module:function' that returns a frozen encoder (see encoders/image.py).",
     )
     weights: str | None = Field(
-        None, description="State-dict file (.pth read with weights_only, or .safetensors) for torchvision models; None asks torchvision's own."
+        None,
+        description="State-dict file (.pth read with weights_only, or .safetensors) for torchvision models; None asks torchvision's own.",
     )
     random_weights: bool = Field(False, description="Build the model with random weights (tests); said loudly.")
     size: int = Field(224, ge=8, description="Pictures are resized to size x size pixels.")
@@ -110,7 +112,7 @@ class EntitiesConfig(Section):
 
     optimizer: Literal["adam", "adagrad"] = Field("adam", description="Row-wise optimizer on touched rows; adagrad keeps one number a row.")
     learning_rate: float | None = Field(None, gt=0, description="Of the rows; None takes train.learning_rate.")
-    init_range: float | None = Field(None, gt=0, description="Rows start uniform in [-r, r]; None is RotatE's (gamma + 2) / D.")
+    init_range: float = Field(1.0, gt=0, description="Rows start uniform in [-r, r]; fused vectors are scaled by RotatE's (gamma + 2) / D.")
     row_weight_decay: float = Field(0.0, ge=0, description="L2 penalty on touched rows, added to their gradient.")
 
 
@@ -119,14 +121,20 @@ class ProjectionConfig(Section):
 
     hidden: int | None = Field(None, ge=1, description="Width of the hidden layer; None is D.")
     dropout: float = Field(0.0, ge=0, lt=1, description="On projected features.")
-    structure: Literal["mlp", "identity"] = Field("mlp", description="Whether the structure row passes the projection (paper: mlp) or skips it.")
+    structure: Literal["mlp", "identity"] = Field(
+        "mlp", description="Whether the structure row passes the projection (paper: mlp) or skips it."
+    )
 
 
 class ExpertsConfig(Section):
     """Mixture of K experts inside each modality, no gate."""
 
-    num_experts: int = Field(3, ge=1, description="K; equal for all modalities so that they run as one batched product (paper: number of modalities).")
-    width: int = Field(256, ge=2, multiple_of=2, description="D, width in real numbers; read as D / 2 complex numbers when scoring (paper: 256).")
+    num_experts: int = Field(
+        3, ge=1, description="K; equal for all modalities so that they run as one batched product (paper: number of modalities)."
+    )
+    width: int = Field(
+        256, ge=2, multiple_of=2, description="D, width in real numbers; read as D / 2 complex numbers when scoring (paper: 256)."
+    )
     residual: bool = Field(False, description="Expert k gives x + f_k(x) instead of f_k(x).")
     dropout: float = Field(0.0, ge=0, lt=1, description="On the experts' hidden layer.")
 
@@ -138,7 +146,8 @@ class MineConfig(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Of the statistics networks; they ascend the bound on detached views.")
     ema: float = Field(0.95, ge=0, lt=1, description="Decay of the moving average of the estimates that the fusion uses.")
     bounded: bool = Field(
-        True, description="Estimate on held-out entities, clip T and cap at log n. False: the paper's raw estimate from the rows just trained on."
+        True,
+        description="Estimate on held-out entities, clip T and cap at log n. False: the paper's raw estimate from the rows just trained on.",
     )
     clip: float = Field(10.0, gt=0, description="With bounded: |T| is clipped to this inside the exponential (SMILE).")
     every: int = Field(1, ge=1, description="Estimate and train the networks at every n-th step.")
@@ -148,9 +157,15 @@ class MineConfig(Section):
 class FusionConfig(Section):
     """Complementarity weights: intra-modal over experts, then inter-modal over modalities."""
 
-    estimator: Literal["mine", "cosine", "uniform", "attention"] = Field("mine", description="What the weights come from; the others are controls.")
-    scope: Literal["global", "entity"] = Field("global", description="One weight a pair for all entities, or the pointwise term of each entity.")
-    weight_gradient: Literal["stop", "flow"] = Field("stop", description="Whether the completion loss reaches the views through the weights.")
+    estimator: Literal["mine", "cosine", "uniform", "attention"] = Field(
+        "mine", description="What the weights come from; the others are controls."
+    )
+    scope: Literal["global", "entity"] = Field(
+        "global", description="One weight a pair for all entities, or the pointwise term of each entity."
+    )
+    weight_gradient: Literal["stop", "flow"] = Field(
+        "stop", description="Whether the completion loss reaches the views through the weights."
+    )
     temperature: float = Field(1.0, gt=0, description="Divides mutual information before the softmax.")
     normalize: bool = Field(True, description="Divide mutual information by log n before the softmax (paper: false).")
 
@@ -186,11 +201,15 @@ class NegativesConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    loss: Literal["contrastive", "one_vs_all"] = Field("contrastive", description="Weighted contrastive loss (paper), or softmax over all entities.")
+    loss: Literal["contrastive", "one_vs_all"] = Field(
+        "contrastive", description="Weighted contrastive loss (paper), or softmax over all entities."
+    )
     epochs: int = Field(1000, ge=1, description="Passes over all queries: each triple is two queries (paper: 1000).")
     batch_size: int = Field(1024, ge=1, description="Queries per step, over all ranks (paper: 1024).")
     learning_rate: float = Field(1e-3, gt=0, description="Of the dense parameters.")
-    gradient_clipping: float = Field(0.0, ge=0, description="Largest global gradient norm of the dense part and, apart, of the rows; 0 is off.")
+    gradient_clipping: float = Field(
+        0.0, ge=0, description="Largest global gradient norm of the dense part and, apart, of the rows; 0 is off."
+    )
     seed: int = Field(0, ge=0, description="Seed of the weights, the batches and the negatives.")
     log_every: int = Field(50, ge=1, description="Steps between two lines of metrics.jsonl.")
     eval_every: int = Field(10, ge=1, description="Epochs between two evaluations on valid.")
@@ -198,13 +217,17 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(10, ge=1, description="Epochs between two checkpoints.")
     num_to_keep: int = Field(2, ge=2, description="Checkpoints kept besides the best one.")
     patience: int = Field(0, ge=0, description="Stop after so many evaluations without a better valid MRR; 0 never.")
-    max_nonfinite: int = Field(10, ge=1, description="Consecutive steps with a non-finite loss or gradient before the run is called diverged.")
+    max_nonfinite: int = Field(
+        10, ge=1, description="Consecutive steps with a non-finite loss or gradient before the run is called diverged."
+    )
 
 
 class DeepSpeedConfig(Section):
     """The engine of the dense part."""
 
-    engine: Literal["auto", "deepspeed", "torch"] = Field("auto", description="auto takes DeepSpeed where it is installed; torch is the plain twin.")
+    engine: Literal["auto", "deepspeed", "torch"] = Field(
+        "auto", description="auto takes DeepSpeed where it is installed; torch is the plain twin."
+    )
     stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage.")
     bf16: bool = Field(False, description="Dense parameters and activations in bfloat16; rows stay float32.")
 
@@ -220,7 +243,9 @@ class EvaluationConfig(Section):
 class LaunchConfig(Section):
     """Who runs the workers."""
 
-    mode: Literal["ray", "local"] = Field("ray", description="Ray Train, or this one process (or torchrun) where Ray is absent or in the way.")
+    mode: Literal["ray", "local"] = Field(
+        "ray", description="Ray Train, or this one process (or torchrun) where Ray is absent or in the way."
+    )
     workers: int = Field(2, ge=1, description="Ranks under Ray.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs (and torch threads) of a rank.")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of a rank.")
@@ -232,13 +257,17 @@ class RunConfig(Section):
     """The run directory."""
 
     dir: str = Field("runs/default", description="Where config.yaml, metrics, checkpoints and TensorBoard events go.")
-    resume: str = Field("auto", pattern=r"^(auto|none|\d+)$", description="auto: from the newest valid checkpoint; STEP: from that one; none: start anew.")
+    resume: str = Field(
+        "auto", pattern=r"^(auto|none|\d+)$", description="auto: from the newest valid checkpoint; STEP: from that one; none: start anew."
+    )
 
 
 class Config(Section):
     """All of it."""
 
-    modalities: tuple[Modality, ...] | Literal["auto"] = Field("auto", description="Modalities to fuse; auto is structure and all the data set has.")
+    modalities: tuple[Modality, ...] | Literal["auto"] = Field(
+        "auto", description="Modalities to fuse; auto is structure and all the data set has."
+    )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of the hot path; auto where a compiler is found.")
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()

@@ -1,0 +1,40 @@
+"""`python -m mocme_dist.evaluate RUN_DIR`: exact filtered metrics of a trained run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mocme_dist.commands import command_parser, run_command
+from mocme_dist.config import load_config
+from mocme_dist.errors import ConfigError
+
+DESCRIPTION = """\
+Rank a split under a run's best checkpoint (by valid MRR), every entity a candidate, known answers filtered, ties at
+their mean. The run's own configuration applies; --config and --set change it. The last line printed is one JSON
+object, also written to RUN_DIR/metrics.json.
+
+  python -m mocme_dist.evaluate runs/demo
+  python -m mocme_dist.evaluate runs/demo --split valid --set launch.mode=local"""
+
+
+def main() -> None:
+    """Parse, evaluate, print the report."""
+    parser = command_parser("evaluate", DESCRIPTION)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
+    parser.add_argument("--step", default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
+    args = parser.parse_args()
+    run_dir = Path(args.run_dir).absolute()
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{run_dir}: not a run directory: no config.yaml in it; give the run.dir of a training run")
+    config = load_config([saved, *args.config], [*args.overrides, f"run.dir={json.dumps(str(run_dir))}"])
+    from mocme_dist.training.launch import launch
+
+    report = launch(config, "evaluate", split=args.split, step=args.step)
+    print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

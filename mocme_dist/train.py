@@ -1,0 +1,98 @@
+"""`python -m mocme_dist.train`: from a raw folder or a packed data set to a trained model and its test metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from mocme_dist.commands import command_parser, config_of, run_command
+from mocme_dist.config import Config
+from mocme_dist.config.load import parse_config
+from mocme_dist.errors import ConfigError, MocmeError, Preempted
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Train MoCME. With data.raw set, whatever is missing is packed and extracted first.
+
+  python -m mocme_dist.train --config configs/demo.yaml
+  python -m mocme_dist.train --config configs/mkg_w.yaml --set data.raw=MKG-W run.dir=runs/mkg_w
+  ray job submit -- python -m mocme_dist.train --config configs/mkg_w.yaml
+  python -m mocme_dist.train --config configs/demo.yaml --set launch.mode=local     (one process, no Ray)
+
+Running the same command again resumes. The last line printed is one JSON object with the test metrics."""
+
+
+def resolve_paths(config: Config) -> Config:
+    """The same configuration with absolute paths, so that workers elsewhere on this machine find them."""
+    values = config.model_dump(mode="json")
+    run_dir = Path(config.run.dir).absolute()
+    values["run"]["dir"] = str(run_dir)
+    for key in ("raw", "dataset"):
+        if values["data"][key] is not None:
+            values["data"][key] = str(Path(values["data"][key]).absolute())
+    if config.data.raw is not None and config.data.dataset is None:
+        values["data"]["dataset"] = str(run_dir / "dataset")
+    if values["data"]["dataset"] is None:
+        raise ConfigError(
+            "data: neither data.raw nor data.dataset is set; give a raw folder or a packed data set, as in --set data.raw=DIR"
+        )
+    return parse_config(values)
+
+
+def prepare_data(config: Config) -> None:
+    """Pack and extract what is missing; nothing when all is there."""
+    from mocme_dist.data.dataset import Dataset
+    from mocme_dist.data.packing import pack_folder
+
+    path = Path(str(config.data.dataset))
+    dataset = pack_folder(Path(config.data.raw), path, config.data) if config.data.raw is not None else Dataset.open(path)
+    wanted = dataset.modalities if config.modalities == "auto" else [name for name in config.modalities if name in dataset.modalities]
+    if config.data.raw is not None and wanted:
+        from mocme_dist.encoders.pipeline import extract_features
+
+        extract_features(dataset, config.encoders, config.data.text_columns, list(wanted), use_ray=config.launch.mode == "ray")
+
+
+def train(config: Config) -> dict[str, Any]:
+    """The whole job; the report that is printed last."""
+    from mocme_dist.training.launch import launch
+    from mocme_dist.training.rundir import RunDirectory
+
+    directory = RunDirectory(config.run.dir)
+    directory.prepare(config)
+    with directory.lock():
+        directory.status("running", pid=os.getpid())
+        try:
+            prepare_data(config)
+            report = launch(config, "train")
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, MocmeError) else 70
+            state = "preempted" if isinstance(error, Preempted) else "failed"
+            directory.status(state, exit_code=code, error=f"{type(error).__name__}: {error}", **_where(directory))
+            raise
+        directory.status("done", exit_code=0, **_where(directory))
+    return report
+
+
+def _where(directory: Any) -> dict[str, Any]:
+    last = directory.read_status()
+    return {key: last[key] for key in ("step", "last_step", "last_checkpoint") if key in last}
+
+
+def main() -> None:
+    """Parse, train, print the report."""
+    parser = command_parser("train", DESCRIPTION)
+    parser.add_argument("--resume", metavar="auto|STEP|none", help="which checkpoint to go on from (default auto: the newest valid one)")
+    args = parser.parse_args()
+    config = resolve_paths(config_of(args, [f'run.resume="{args.resume}"'] if args.resume else []))
+    report = train(config)
+    log.info("TensorBoard: tensorboard --logdir %s", Path(config.run.dir) / "tensorboard")
+    print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""The training run: engine, step, loop, checkpoints, logs and who launches them."""

@@ -1,0 +1,277 @@
+"""Checkpoints without a topology: row ranges and full dense state, safetensors and JSON, no pickle.
+
+All ranks write into one temporary directory; rank 0 then writes the manifest with every file's size and hash, syncs,
+and renames. A checkpoint therefore exists as a whole or not at all, and any number of ranks at any ZeRO stage reads
+what any other wrote. Loading verifies first and falls back to the next older one, saying why.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mocme_dist.data.files import read_json, sha256_file, sync, write_json
+from mocme_dist.errors import CheckpointError, DataError, StorageError
+from mocme_dist.parallel.comm import Comm
+from mocme_dist.parallel.table import EntityTable
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "MANIFEST.json"
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that verified: where it is and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was written."""
+        return int(self.manifest["step"])
+
+
+def step_name(step: int) -> str:
+    """Directory of the checkpoint of `step`; names sort as steps do."""
+    return f"step_{step:010d}"
+
+
+def save(
+    directory: Path, step: int, table: EntityTable, dense: Mapping[str, Tensor], manifest: dict[str, Any], comm: Comm, keep: int
+) -> Path:
+    """Write, commit and then purge; collective.
+
+    Args:
+        directory: the run's checkpoints directory.
+        table: this rank's rows and their optimizer state.
+        dense: full dense state, the same on every rank; rank 0 writes it.
+        manifest: JSON fields to keep beside the files; "identity" must match at resume, "metric" picks the best.
+        keep: newest checkpoints that stay, besides the one with the best metric.
+
+    Raises:
+        StorageError: on every rank, when any rank could not write; earlier checkpoints are untouched.
+    """
+    temporary = directory / comm.broadcast(f"{_TEMPORARY}{step}-{uuid.uuid4().hex[:8]}")
+    error: StorageError | None = None
+    entries: dict[str, Any] = {}
+    try:
+        entries = _write_parts(temporary, table, dense if comm.rank == 0 else {}, comm.rank)
+    except (OSError, SafetensorError) as cause:
+        error = StorageError(f"{directory}: checkpoint of step {step} could not be written: {cause}")
+    try:
+        comm.raise_together(error)
+    except Exception as failed:
+        if comm.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(str(failed)) from failed
+    gathered = comm.gather(entries)
+    final = directory / step_name(step)
+    if comm.rank == 0:
+        files = {name: entry for part in gathered for name, entry in part.items()}
+        full = {"format": 1, "step": step, "num_rows": table.partition.num_rows, "width": table.width, "optimizer": table.optimizer}
+        write_json(temporary / MANIFEST, {**full, "table_updates": table.num_updates, "files": files, **manifest})
+        sync(temporary)
+        if final.exists():  # a torn or older one of the same step: the new one is whole
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(directory)
+        _purge(directory, keep)
+    comm.barrier()
+    return final
+
+
+def _write_parts(temporary: Path, table: EntityTable, dense: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
+    temporary.mkdir(parents=True, exist_ok=True)
+    rows = {"rows": table.rows_rD, **table.state}
+    needed = sum(value.numel() * value.element_size() for value in (*rows.values(), *dense.values()))
+    free = shutil.disk_usage(temporary).free
+    if needed > free:
+        raise OSError(f"needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB free at {temporary.parent}")
+    name = f"rows-{rank:05d}.safetensors"
+    entries = {name: {**_write(temporary / name, rows), "first": table.first, "last": table.last}}
+    if dense:
+        entries["dense.safetensors"] = _write(temporary / "dense.safetensors", dense)
+    return entries
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def verify(path: Path) -> Saved:
+    """The checkpoint at `path`.
+
+    Raises:
+        CheckpointError: what is wrong with which file: missing, size, hash, or no manifest.
+    """
+    try:
+        manifest = read_json(path / MANIFEST)
+        files = manifest["files"]
+        for name, entry in files.items():
+            file = path / name
+            if not file.is_file():
+                raise CheckpointError(f"{path.name}: {name} is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise CheckpointError(f"{path.name}: {name} has size {file.stat().st_size}, manifest says {entry['bytes']}")
+            if sha256_file(file) != entry["sha256"]:
+                raise CheckpointError(f"{path.name}: {name}: sha256 differs from the manifest's")
+        int(manifest["step"])
+    except (DataError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name}: {MANIFEST} is missing or torn: {error}") from None
+    return Saved(path, manifest)
+
+
+def _candidates(directory: Path) -> list[Path]:
+    return sorted((path for path in directory.glob("step_*") if path.is_dir()), reverse=True) if directory.is_dir() else []
+
+
+def _purge(directory: Path, keep: int) -> None:
+    """Keep the `keep` newest whole checkpoints and the best one; clear what a killed run left half-written."""
+    for leftover in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    whole = []
+    for path in _candidates(directory):
+        try:
+            manifest = read_json(path / MANIFEST)
+            whole.append((path, manifest.get("metric")))
+        except DataError:
+            continue  # torn: kept for the user to look at, and not counted
+    scored = [(metric, path) for path, metric in whole if metric is not None]
+    best = max(scored, key=lambda pair: pair[0])[1] if scored else None
+    for path, _ in whole[keep:]:
+        if path != best:
+            shutil.rmtree(path)
+
+
+def find(directory: Path, resume: str, best: bool = False) -> Saved | None:
+    """The checkpoint to load, verified; None when there is none to look at or resume is "none".
+
+    Args:
+        resume: "auto" (newest that verifies), "none", or a step as text (that one and no other).
+        best: prefer the highest metric over the newest.
+
+    Raises:
+        CheckpointError: a named step does not verify, or candidates exist and none does; every reason is listed.
+    """
+    if resume == "none":
+        return None
+    if resume != "auto":
+        return verify(directory / step_name(int(resume)))
+    candidates = _candidates(directory)
+    reasons, valid = [], []
+    for path in candidates:
+        try:
+            saved = verify(path)
+        except CheckpointError as error:
+            log.warning("checkpoint %s is left out: %s", path.name, error)
+            reasons.append(str(error))
+            continue
+        if not best:
+            return saved
+        valid.append(saved)
+    if valid:
+        return max(valid, key=lambda saved: (saved.manifest.get("metric") is not None, saved.manifest.get("metric") or 0.0, saved.step))
+    if candidates:
+        raise CheckpointError(f"{directory}: no valid checkpoint: {'; '.join(reasons)}; delete them to start anew, or pass --resume none")
+    return None
+
+
+def agree(directory: Path, resume: str, comm: Comm, best: bool = False) -> Saved | None:
+    """`find` by rank 0, its answer or its error on every rank; collective."""
+    found: Saved | None = None
+    error: CheckpointError | None = None
+    if comm.rank == 0:
+        try:
+            found = find(directory, resume, best)
+        except CheckpointError as cause:
+            error = cause
+    message = comm.broadcast(None if error is None else str(error))
+    if message is not None:
+        raise CheckpointError(message)
+    found = comm.broadcast(found)
+    return found
+
+
+def check_identity(saved: Saved, identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model or data set.
+
+    Raises:
+        CheckpointError: every field that differs, with both values.
+    """
+    theirs = saved.manifest.get("identity", {})
+    differing = [f"{key}: checkpoint {theirs.get(key)!r}, now {value!r}" for key, value in identity.items() if theirs.get(key) != value]
+    if differing:
+        raise CheckpointError(
+            f"{saved.path}: made with other settings: {'; '.join(differing)}; use another run.dir or the settings of then"
+        )
+
+
+def load_rows(saved: Saved, table: EntityTable) -> None:
+    """Fill this rank's range from whatever parts hold it.
+
+    Raises:
+        CheckpointError: the parts do not cover the range.
+    """
+    covered = 0
+    for name, entry in saved.manifest["files"].items():
+        first, last = entry.get("first"), entry.get("last")
+        if first is None:
+            continue
+        begin, end = max(first, table.first), min(last, table.last)
+        if begin >= end:
+            continue
+        with safe_open(saved.path / name, framework="pt") as file:
+            for key, target in (("rows", table.rows_rD), *table.state.items()):
+                target[begin - table.first : end - table.first].copy_(file.get_slice(key)[begin - first : end - first])
+        covered += end - begin
+    if covered != table.last - table.first:
+        raise CheckpointError(f"{saved.path}: parts cover {covered:,} of rows [{table.first:,}, {table.last:,})")
+    table.num_updates = int(saved.manifest["table_updates"])
+
+
+def load_dense(saved: Saved) -> dict[str, Tensor]:
+    """Full dense state by name."""
+    with safe_open(saved.path / "dense.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+class Saver:
+    """Saves while training; a full disk is survived a few times before the run stops."""
+
+    def __init__(self, directory: Path, keep: int, comm: Comm, max_failures: int = 3) -> None:
+        self.directory, self.keep, self.comm, self.max_failures = directory, keep, comm, max_failures
+        self.failures = 0
+        self.seconds = 0.0
+
+    def save(self, step: int, table: EntityTable, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> bool:
+        """Whether it is saved; collective.
+
+        Raises:
+            StorageError: the last `max_failures` attempts all failed.
+        """
+        start = time.monotonic()
+        try:
+            save(self.directory, step, table, dense, manifest, self.comm, self.keep)
+        except StorageError as error:
+            self.failures += 1
+            if self.failures >= self.max_failures:
+                raise
+            log.warning("training goes on without this checkpoint (%d of %d failures): %s", self.failures, self.max_failures, error)
+            return False
+        self.failures, self.seconds = 0, time.monotonic() - start
+        return True

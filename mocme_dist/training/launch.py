@@ -1,0 +1,181 @@
+"""Who runs the workers: Ray Train, or this process. The only file that knows ray.train.
+
+A worker function is the same either way. Under Ray its result and its end travel through the run directory: rank 0
+writes metrics.json and run_status.json, and a mistake of the user's is not retried, because trying again would not
+mend it; lost workers are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mocme_dist.config import Config
+from mocme_dist.config.load import parse_config
+from mocme_dist.data.files import read_json
+from mocme_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    MocmeError,
+    Preempted,
+    RankError,
+    StorageError,
+)
+from mocme_dist.training.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+_FINAL = (ConfigError, DataError, CheckpointError, DivergedError, StorageError, Preempted)
+_KINDS = {kind.__name__: kind for kind in (*_FINAL, RankError, MocmeError)}
+
+
+def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
+    """Run `task` ("train" or "evaluate") on the workers of `config.launch`; its report.
+
+    Args:
+        config: with absolute paths.
+        arguments: of the task: split and step for "evaluate".
+
+    Raises:
+        MocmeError: of whatever kind ended the workers.
+    """
+    directory = RunDirectory(config.run.dir)
+    directory.stop_file.unlink(missing_ok=True)
+    with _graceful_stop(directory):
+        if config.launch.mode == "local":
+            import torch
+
+            torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
+            return _run_task(config, task, arguments)
+        return _launch_ray(config, task, arguments)
+
+
+def _run_task(config: Config, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    from mocme_dist.training.loop import run_evaluation, run_training
+
+    return run_training(config) if task == "train" else run_evaluation(config, **arguments)
+
+
+@contextmanager
+def _graceful_stop(directory: RunDirectory) -> Iterator[None]:
+    """The first SIGTERM or SIGINT asks the run to save and stop, through a file that every rank sees; the second kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: object) -> None:
+        if directory.stop_file.exists():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        log.warning("%s: saving a checkpoint after this step; once more ends at once", signal.Signals(number).name)
+        directory.stop_file.touch()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        directory.stop_file.unlink(missing_ok=True)
+
+
+def _launch_ray(config: Config, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    from mocme_dist.cluster import connect_ray
+
+    launch_config, directory = config.launch, RunDirectory(config.run.dir)
+    # Health is polled this often: a dead worker is noticed within a second, a hung one within half a minute.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30")
+    connect_ray(min_cpus=int(launch_config.workers * launch_config.cpus_per_worker) or 1)
+    _check_resources(config)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    # Ray's own record of the run is not ours: each launch gets a name of its own, so an older record cannot block it.
+    name = f"{task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    use_gpu = launch_config.gpus_per_worker > 0
+    resources = {"CPU": launch_config.cpus_per_worker} | ({"GPU": launch_config.gpus_per_worker} if use_gpu else {})
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "task": task, "arguments": arguments},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=launch_config.timeout_s),
+        scaling_config=ScalingConfig(num_workers=launch_config.workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name, storage_path=str(directory.path / "ray"), failure_config=FailureConfig(max_failures=launch_config.max_failures)
+        ),
+    )
+    outcome = directory.path / "outcome.json"
+    outcome.unlink(missing_ok=True)
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise RankError(
+            f"the workers failed {launch_config.max_failures + 1} times: {_first_cause(error)}; see {directory.path / 'ray'}"
+        ) from error
+    result = read_json(outcome)
+    outcome.unlink(missing_ok=True)
+    if "error" in result:
+        raise _KINDS[result["kind"]](result["error"])
+    return dict(result["report"])
+
+
+def _check_resources(config: Config) -> None:
+    """Refuse at once what the cluster can never give, instead of waiting for it."""
+    import ray
+
+    have, wanted = ray.cluster_resources(), config.launch
+    for key, each in (("CPU", wanted.cpus_per_worker), ("GPU", wanted.gpus_per_worker)):
+        if wanted.workers * each > have.get(key, 0):
+            raise ConfigError(
+                f"launch: {wanted.workers} workers with {each:g} {key} each need {wanted.workers * each:g}, the cluster has "
+                f"{have.get(key, 0):g}; lower launch.workers or launch.{key.lower()}s_per_worker, or add nodes"
+            )
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line that tells most, of whatever Ray wraps around it."""
+    failures = getattr(error, "worker_failures", None) or {}
+    texts = [
+        f"rank {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
+        for rank, cause in failures.items()
+        if str(cause).strip()
+    ]
+    # A rank that only lost its peer says "connection closed"; the one that failed first says why.
+    first = [text for text in texts if "onnection" not in text] or texts
+    return first[0] if first else str(error).strip().splitlines()[-1]
+
+
+def _ray_worker(payload: dict[str, Any]) -> None:
+    """Body of one rank under Ray Train."""
+    import torch
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    config = parse_config(payload["config"])
+    torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
+    rank = int(os.environ["RANK"])
+    outcome = RunDirectory(config.run.dir).path / "outcome.json"
+    _run_and_write(lambda: _run_task(config, payload["task"], payload["arguments"]), outcome, rank)
+
+
+def _run_and_write(run: Callable[[], dict[str, Any]], outcome: Path, rank: int) -> None:
+    """Run, and write what came of it; errors that no retry mends end here, the others reach Ray."""
+    from mocme_dist.data.files import write_json
+
+    try:
+        report = run()
+    except _FINAL as error:
+        # Every rank may write: they all know an error they agreed on, and one file is as good as another.
+        write_json(outcome, {"error": str(error), "kind": type(error).__name__})
+        return
+    if rank == 0:
+        write_json(outcome, {"report": report})

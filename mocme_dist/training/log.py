@@ -1,0 +1,124 @@
+"""What a run shows while it runs: metrics.jsonl, TensorBoard and a line per interval. The only file that knows TensorBoard.
+
+A dead writer never stops training: the first failure switches monitoring off with one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Rank 0's writer; the other ranks make one with `active=False` and call the same methods."""
+
+    def __init__(self, curve: Path, tensorboard: Path, active: bool, purge_step: int | None) -> None:
+        self.active, self.curve, self._writer = active, curve, None
+        if active:
+            # Steps after the checkpoint will be run again: their old lines must not stand twice.
+            _truncate_curve(curve, purge_step)
+            self._guard(lambda: self._open(tensorboard, purge_step))
+
+    def _open(self, tensorboard: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(tensorboard), purge_step=purge_step, flush_secs=20)
+
+    def _guard(self, write: Callable[[], None]) -> None:
+        if not self.active:
+            return
+        try:
+            write()
+        except Exception as error:  # the writer's own thread raises all kinds
+            self.active = False
+            log.warning("monitoring is off from here on: %s: %s", type(error).__name__, error)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Curves at `step`."""
+        self._guard(lambda: [self._writer.add_scalar(name, value, step) for name, value in values.items()])  # type: ignore[union-attr, func-returns-value]
+
+    def line(self, values: Mapping[str, Any]) -> None:
+        """One object appended to metrics.jsonl."""
+
+        def write() -> None:
+            with self.curve.open("a", encoding="utf8") as file:
+                file.write(json.dumps(values) + "\n")
+
+        self._guard(write)
+
+    def heat_map(self, name: str, step: int, value: np.ndarray, peak: float) -> None:
+        """A square matrix as a picture: 0 is white, `peak` and above is dark blue, a missing value (NaN) is grey."""
+        self._guard(lambda: self._writer.add_image(name, heat_map(value, peak), step, dataformats="HWC"))  # type: ignore[union-attr]
+
+    def hyper_parameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The HParams tab: settings with final metrics."""
+        plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()}
+        self._guard(lambda: self._writer.add_hparams(plain, dict(metrics), run_name="."))  # type: ignore[union-attr]
+
+    def flush(self) -> None:
+        """Bring everything to disk."""
+        self._guard(lambda: self._writer.flush())  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        """Flush and end the writer's thread."""
+        self._guard(lambda: self._writer.close())  # type: ignore[union-attr]
+
+
+def heat_map(value: np.ndarray, peak: float, cell: int = 32) -> np.ndarray:
+    """(n, n) numbers to a (32 n, 32 n, 3) uint8 picture."""
+    share = np.clip(np.nan_to_num(value) / max(peak, 1e-9), 0, 1)[..., None]
+    colour = (1 - share) * np.array([255.0, 255.0, 255.0]) + share * np.array([8.0, 48.0, 107.0])
+    colour[np.isnan(value)] = 160.0
+    return np.repeat(np.repeat(colour.astype(np.uint8), cell, 0), cell, 1)
+
+
+def _truncate_curve(curve: Path, purge_step: int | None) -> None:
+    if not curve.exists():
+        return
+    if purge_step is None:
+        curve.unlink()
+        return
+    kept = [line for line in curve.read_text(encoding="utf8").splitlines() if _step_of(line) <= purge_step]
+    curve.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line).get("step", 0))
+    except ValueError:
+        return float("inf")  # a line that a kill cut short
+
+
+class Progress:
+    """A line per interval with done/total, rate and the time left; durations from a monotonic clock."""
+
+    def __init__(self, what: str, total: int, active: bool, interval_s: float = 10.0) -> None:
+        self.what, self.total, self.active, self.interval_s = what, total, active, interval_s
+        self.start = self.last = time.monotonic()
+        self.begun: int | None = None
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """Say how far it is, at most once an interval."""
+        now = time.monotonic()
+        self.begun = done - 1 if self.begun is None else self.begun
+        if not self.active or (now - self.last < self.interval_s and done < self.total):
+            return
+        self.last = now
+        rate = (done - self.begun) / max(now - self.start, 1e-9)
+        left = (self.total - done) / max(rate, 1e-9)
+        log.info("%s %d/%d, %.1f/s, %s left%s", self.what, done, self.total, rate, duration(left), f", {note}" if note else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,211 @@
+"""The run of one rank: resume, step through the epochs, evaluate, checkpoint, and report at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mocme_dist.batching.loader import Prefetcher
+from mocme_dist.config import Config
+from mocme_dist.data.files import write_json
+from mocme_dist.errors import CheckpointError, DivergedError, Preempted
+from mocme_dist.parallel.comm import communication
+from mocme_dist.training import checkpoint
+from mocme_dist.training.checkpoint import Saver
+from mocme_dist.training.log import RunLog, duration
+from mocme_dist.training.monitor import Monitor
+from mocme_dist.training.rundir import RunDirectory
+from mocme_dist.training.step import train_step
+from mocme_dist.training.worker import Worker, open_dataset
+
+log = logging.getLogger(__name__)
+
+Stop = Callable[[], bool]
+
+
+def run_training(config: Config, stop: Stop | None = None) -> dict[str, Any]:
+    """Train and then evaluate the best checkpoint on test; the report, the same on every rank.
+
+    Args:
+        config: with absolute paths.
+        stop: asked once a step; True saves a checkpoint and raises Preempted.
+
+    Raises:
+        Preempted, DivergedError, CheckpointError, DataError, StorageError: see `errors`.
+    """
+    directory = RunDirectory(config.run.dir)
+    with communication(config.launch.timeout_s) as comm:
+        run = Training(config, Worker(config, open_dataset(config), comm), directory, stop or directory.stop_file.exists)
+        run.train()
+        return run.finish()
+
+
+def run_evaluation(config: Config, split: str, step: str) -> dict[str, Any]:
+    """Metrics of a split under the best checkpoint of a run, or under that of a given step.
+
+    Raises:
+        CheckpointError: there is none, or none that verifies.
+    """
+    directory = RunDirectory(config.run.dir)
+    with communication(config.launch.timeout_s) as comm:
+        worker = Worker(config, open_dataset(config), comm)
+        saved = checkpoint.agree(directory.checkpoints, step, comm, best=True)
+        if saved is None:
+            raise CheckpointError(f"{directory.checkpoints}: no checkpoint; train first")
+        _load(worker, saved)
+        report = worker.evaluate(split, show=True) | {"step": saved.step}
+        if comm.rank == 0:
+            write_json(directory.metrics, report)
+        return report
+
+
+def _load(worker: Worker, saved: checkpoint.Saved) -> None:
+    checkpoint.check_identity(saved, worker.identity)
+    checkpoint.load_rows(saved, worker.table)
+    worker.engine.load_state(checkpoint.load_dense(saved), worker.table.num_updates)
+
+
+class Training:
+    """The state of a run beside the worker's: where it stands, the best so far, when to stop."""
+
+    def __init__(self, config: Config, worker: Worker, directory: RunDirectory, stop: Stop) -> None:
+        self.config, self.worker, self.comm, self.directory, self.stop = config, worker, worker.comm, directory, stop
+        self.saver = Saver(directory.checkpoints, config.train.num_to_keep, self.comm)
+        self.steps_per_epoch = worker.maker.sampler.steps_per_epoch
+        self.last_step = config.train.epochs * self.steps_per_epoch
+        self.best_mrr, self.bad_evaluations, self.nonfinite = -math.inf, 0, 0
+        self.step = self._resume()
+        self.saved_step = self.step
+        purge = self.step if self.step else None
+        self.log = RunLog(directory.curve, directory.tensorboard, self.comm.rank == 0, purge)
+        self.monitor = Monitor(worker, self.log, config, self.last_step, self.step)
+
+    def _resume(self) -> int:
+        saved = checkpoint.agree(self.directory.checkpoints, self.config.run.resume, self.comm)
+        if saved is None:
+            return 0
+        _load(self.worker, saved)
+        self.best_mrr = saved.manifest["best_mrr"] if saved.manifest["best_mrr"] is not None else -math.inf
+        self.bad_evaluations = saved.manifest["bad_evaluations"]
+        if self.comm.rank == 0:
+            log.info("resuming from step %d of %d (%s)", saved.step, self.last_step, saved.path.name)
+        return saved.step
+
+    def train(self) -> None:
+        """Step until the last epoch, the patience or a stop; collective."""
+        if self.comm.rank == 0:
+            log.info(self.monitor.opening(self.steps_per_epoch))
+        patience = self.config.train.patience
+        with Prefetcher(self.worker.prepare, self.step, self.last_step) as batches:
+            stream = iter(batches)
+            while self.step < self.last_step and not (patience and self.bad_evaluations >= patience):
+                with self.worker.timer.phase("wait"):
+                    batch, route = next(stream)
+                with self.worker.timer.phase("lookup"):
+                    rows_VD = self.worker.table.gather(route.rows_V)
+                    entities = self.worker.inputs(route.rows_V, rows_VD)
+                result = train_step(
+                    self.worker.engine,
+                    self.worker.table,
+                    rows_VD,
+                    entities,
+                    route,
+                    batch,
+                    self.comm,
+                    estimate=self.step % self.config.mine.every == 0,
+                    clip=self.config.train.gradient_clipping,
+                    stop=self.stop(),
+                    timer=self.worker.timer,
+                )
+                self.step += 1
+                self.monitor.record(self.step, result, route)
+                self._check_finite(result.skipped, batch.ids_U)
+                self._after_step(result.stop)
+
+    def _check_finite(self, skipped: bool, ids_U: np.ndarray) -> None:
+        self.nonfinite = self.nonfinite + 1 if skipped else 0
+        if skipped and self.comm.rank == 0:
+            log.warning("step %d: the loss or a gradient is not finite; skipped on all ranks, nothing moved", self.step)
+        if self.nonfinite >= self.config.train.max_nonfinite:
+            raise DivergedError(
+                f"step {self.step}: {self.nonfinite} steps in a row were not finite (train.max_nonfinite); learning rate "
+                f"{self.config.train.learning_rate}, last entities {ids_U[:5].tolist()}...; lower train.learning_rate or set "
+                f"train.gradient_clipping; the last checkpoint is of step {self.saved_step}"
+            )
+
+    def _after_step(self, stop: bool) -> None:
+        """Evaluate and save at the ends of epochs that are due, and where the run is asked to stop."""
+        train, at_end = self.config.train, self.step == self.last_step
+        epoch, within = divmod(self.step, self.steps_per_epoch)
+        metric = None
+        if within == 0 and (epoch % train.eval_every == 0 or at_end):
+            metric = self._evaluate(epoch)
+        improved = metric is not None and metric >= self.best_mrr
+        if stop or improved or at_end or (within == 0 and epoch % train.checkpoint_every == 0):
+            self._save(metric)
+        if stop and not at_end:
+            raise Preempted(f"stopped at step {self.step} of {self.last_step}; checkpoint saved; run the same command to go on")
+
+    def _evaluate(self, epoch: int) -> float:
+        start = time.perf_counter()
+        metrics = self.worker.evaluate("valid", self.config.train.eval_queries)
+        mrr = float(metrics["mrr"])
+        self.bad_evaluations = 0 if mrr > self.best_mrr else self.bad_evaluations + 1
+        self.best_mrr = max(self.best_mrr, mrr)
+        self.monitor.evaluated(self.step, epoch, metrics, time.perf_counter() - start)
+        return mrr
+
+    def _save(self, metric: float | None) -> None:
+        manifest = {
+            "epoch": self.step / self.steps_per_epoch,
+            "metric": metric,
+            "best_mrr": self.best_mrr if math.isfinite(self.best_mrr) else None,
+            "bad_evaluations": self.bad_evaluations,
+            "identity": self.worker.identity,
+            "world_size": self.comm.world_size,
+        }
+        with self.worker.timer.phase("checkpoint"):
+            if self.saver.save(self.step, self.worker.table, self.worker.engine.state(), manifest):
+                self.saved_step = self.step
+        if self.comm.rank == 0:
+            self.directory.status(
+                "running", step=self.step, last_step=self.last_step, last_checkpoint=checkpoint.step_name(self.saved_step), pid=os.getpid()
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Load the best checkpoint by valid MRR, rank test once, write the report; collective."""
+        saved = checkpoint.agree(self.directory.checkpoints, "auto", self.comm, best=True)
+        if saved is not None and saved.step != self.step:
+            _load(self.worker, saved)
+        step = self.step if saved is None else saved.step
+        valid = self.worker.evaluate("valid")
+        report = self.worker.evaluate("test", show=True)
+        report |= {
+            "valid_mrr": valid["mrr"],
+            "step": step,
+            "epoch": round(step / self.steps_per_epoch, 3),
+            "seconds": round(self.monitor.seconds(), 1),
+        }
+        if self.comm.rank == 0:
+            self._write_report(report)
+        self.monitor.finished(report)
+        self.log.close()
+        return report
+
+    def _write_report(self, report: dict[str, Any]) -> None:
+        write_json(self.directory.metrics, report)
+        log.info(
+            "best valid MRR %.4f at epoch %s; test MRR %.4f, Hits@1 %.4f, Hits@10 %.4f; %s in all",
+            report["valid_mrr"],
+            report["epoch"],
+            report["mrr"],
+            report["hits@1"],
+            report["hits@10"],
+            duration(report["seconds"]),
+        )

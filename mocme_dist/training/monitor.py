@@ -1,0 +1,193 @@
+"""What rank 0 says about a run: curves, heat maps, warnings and a line per interval.
+
+Curves in TensorBoard: train/ (loss and its parts, entropy classes, gradient norms, speed), phases/ (milliseconds a
+step), fusion/ (every expert's and modality's weight), information/ (heat maps in nats), valid/ (metrics), warnings/
+(one modality takes over; no negative is Hard).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from mocme_dist.config import Config
+from mocme_dist.model.fusion import PairInformation
+from mocme_dist.parallel.exchange import Route
+from mocme_dist.training.log import Progress, RunLog, duration, log
+from mocme_dist.training.step import STAT_NAMES, StepResult
+from mocme_dist.training.worker import Worker
+
+# A modality that takes this share of the weight has collapsed the mixture, in the paper's words.
+COLLAPSE_SHARE = 0.9
+
+
+class Monitor:
+    """Gathers what steps report and writes it every `train.log_every` steps."""
+
+    def __init__(self, worker: Worker, run_log: RunLog, config: Config, last_step: int, first_step: int) -> None:
+        self.worker, self.log, self.config = worker, run_log, config
+        self.rank0 = worker.comm.rank == 0
+        self.progress = Progress("step", last_step, self.rank0)
+        self.started = self.interval_start = time.perf_counter()
+        self.first_step = self.interval_step = first_step
+        self.sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64)
+        self.skipped = self.total_skipped = self.sent_vectors = 0
+        self.collapsed = self.no_hard = False
+
+    def opening(self, steps_per_epoch: int) -> str:
+        """The run in one line."""
+        w, c = self.worker, self.config
+        dense = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in w.model.parameters())
+        return (
+            f"{w.dataset.num_entities:,} entities, {w.dataset.num_relations} relations, {len(w.dataset.triples('train')):,} triples; "
+            f"modalities {', '.join(w.modalities)}; K {c.experts.num_experts}, D {c.experts.width}, {dense / 1e6:.1f} M dense parameters; "
+            f"{steps_per_epoch} steps an epoch, {c.train.epochs} epochs; {w.comm.world_size} rank(s) on {w.comm.device.type}, "
+            f"{type(w.engine).__name__}{f' ZeRO-{c.deepspeed.stage}' if hasattr(w.engine, 'stage') else ''}, "
+            f"loss {'compiled' if w.compiled else 'plain'}"
+        )
+
+    def seconds(self) -> float:
+        """Since this process began to train."""
+        return time.perf_counter() - self.started
+
+    def record(self, step: int, result: StepResult, route: Route) -> None:
+        """Add a step; write when the interval is full."""
+        if result.skipped:
+            self.skipped += 1
+            self.total_skipped += 1
+        else:
+            self.sums += result.sums.cpu()
+        self.sent_vectors += route.sent_vectors
+        queries = max(float(self.sums[STAT_NAMES.index("queries")]), 1.0)
+        loss = float(self.sums[0]) / queries
+        self.progress(step, f"loss {loss:.4f}")
+        if (step - self.first_step) % self.config.train.log_every == 0 and self.rank0:
+            self._write(step, result, loss, queries)
+        if (step - self.first_step) % self.config.train.log_every == 0:
+            self._start_interval(step)
+
+    def _start_interval(self, step: int) -> None:
+        self.sums.zero_()
+        self.skipped = self.sent_vectors = 0
+        self.interval_step, self.interval_start = step, time.perf_counter()
+        self.worker.timer.take()
+
+    def _write(self, step: int, result: StepResult, loss: float, queries: float) -> None:
+        steps = max(step - self.interval_step, 1)
+        elapsed = time.perf_counter() - self.interval_start
+        named = dict(zip(STAT_NAMES, self.sums.tolist(), strict=True))
+        allowed = max(named["allowed"], 1.0)
+        values = {
+            "train/loss": loss,
+            "train/loss_positive": named["positive"] / queries,
+            "train/loss_negative": named["negative"] / queries,
+            "train/loss_mine": named["mine_loss"] / self.worker.comm.world_size / steps,
+            "train/positive_score": named["positive_score"] / queries,
+            "train/queries_per_s": queries / elapsed,
+            "train/gradient_norm_dense": self.worker.engine.gradient_norm(),
+            "train/gradient_norm_rows": result.row_gradient_norm,
+            "train/skipped_steps": float(self.total_skipped),
+            **{f"entropy/{name}": named[name] / allowed for name in ("easy", "ambiguous", "hard")},
+            **{f"phases/{name}_ms": 1e3 * seconds / steps for name, seconds in self.worker.timer.seconds.items()},
+            "phases/vectors_sent": self.sent_vectors / steps,
+            **self._weights(result),
+            **self._warnings(named, allowed, result),
+        }
+        self.log.scalars(step, values)
+        self.log.line({"step": step, "epoch": step / self.worker.maker.sampler.steps_per_epoch, **values})
+
+    def _weights(self, result: StepResult) -> dict[str, float]:
+        out = {}
+        for m, name in enumerate(self.worker.modalities):
+            out[f"fusion/modality/{name}"] = float(result.fused.inter_M[m])
+            out |= {f"fusion/expert/{name}_{k}": float(weight) for k, weight in enumerate(result.fused.intra_MK[m])}
+        return out
+
+    def _warnings(self, named: dict[str, float], allowed: float, result: StepResult) -> dict[str, float]:
+        several = len(self.worker.modalities) > 1
+        # An entity with one modality gives it weight 1 by right, so the share is of the entities' average.
+        collapsed = several and float(result.fused.inter_M.max()) > COLLAPSE_SHARE
+        no_hard = self.config.train.loss == "contrastive" and named["hard"] / allowed < 1e-6
+        if collapsed and not self.collapsed:
+            name = self.worker.modalities[int(result.fused.inter_M.argmax())]
+            log.warning(
+                "modality %s takes over %.0f %% of the weight: the mixture has collapsed", name, 100 * float(result.fused.inter_M.max())
+            )
+        if no_hard and not self.no_hard:
+            log.warning("no negative is Hard: entropy weights do nothing now; check rotate.gamma and the learning rates")
+        self.collapsed, self.no_hard = collapsed, no_hard
+        return {"warnings/modality_collapse": float(collapsed), "warnings/no_hard_negative": float(no_hard)}
+
+    def evaluated(self, step: int, epoch: int, metrics: dict[str, Any], seconds: float) -> None:
+        """Metrics of the development set, and the information matrices as they stand."""
+        if not self.rank0:
+            return
+        flat = {f"valid/{key}": value for key, value in metrics.items() if isinstance(value, float)}
+        flat |= {f"valid/{side}_{key}": value for side in ("head", "tail") for key, value in metrics[side].items()}
+        flat["phases/evaluate_s"] = seconds
+        flat |= self._weights_by_presence()
+        self.log.scalars(step, flat)
+        self.log.line({"step": step, "epoch": epoch, "elapsed_s": round(self.seconds(), 2), **flat})
+        self._heat_maps(step)
+        self.log.flush()
+        log.info(
+            "epoch %d: valid MRR %.4f, Hits@10 %.4f (%s, evaluated in %.1f s)",
+            epoch,
+            metrics["mrr"],
+            metrics["hits@10"],
+            duration(self.seconds()),
+            seconds,
+        )
+
+    def _weights_by_presence(self) -> dict[str, float]:
+        """Mean weight of each modality over this rank's entities that have all modalities."""
+        weights = self.worker.modality_weights
+        complete = (weights > 0).all(1)
+        if not complete.any():
+            return {}
+        return {f"fusion/complete/{name}": float(weights[complete, m].mean()) for m, name in enumerate(self.worker.modalities)}
+
+    def _heat_maps(self, step: int) -> None:
+        fusion = self.worker.model.fusion
+        K = self.config.experts.num_experts
+        for name in ("intra", "inter"):
+            pairs = getattr(fusion, name, None)
+            if not isinstance(pairs, PairInformation) or not pairs.num_pairs:
+                continue
+            size = len(self.worker.modalities) * (K if name == "intra" else 1)
+            matrix = information_matrix(pairs, size)
+            peak = float(pairs.log_n_P.max()) if self.config.fusion.estimator == "mine" else 1.0
+            self.log.heat_map(f"information/{name}", step, matrix, peak)
+            self.log.scalars(step, {f"information/{name}_mean": float(pairs.information_P.mean()), f"information/{name}_cap": peak})
+
+    def finished(self, report: dict[str, Any]) -> None:
+        """Final metrics beside the settings that made them."""
+        c = self.config
+        settings = {
+            "modalities": "+".join(self.worker.modalities),
+            "num_experts": c.experts.num_experts,
+            "width": c.experts.width,
+            "gamma": c.rotate.gamma,
+            "negatives": c.negatives.count,
+            "weighting": c.negatives.weighting,
+            "estimator": c.fusion.estimator,
+            "scope": c.fusion.scope,
+            "loss": c.train.loss,
+            "learning_rate": c.train.learning_rate,
+            "rows_learning_rate": c.entities.learning_rate or c.train.learning_rate,
+            "batch_size": c.train.batch_size,
+            "seed": c.train.seed,
+        }
+        metrics = {f"final/test_{key}": float(report[key]) for key in ("mrr", "hits@1", "hits@3", "hits@10")}
+        self.log.hyper_parameters(settings, {**metrics, "final/valid_mrr": float(report["valid_mrr"])})
+
+
+def information_matrix(pairs: PairInformation, size: int) -> np.ndarray:
+    """(size, size) symmetric matrix of the averaged estimates; NaN on the diagonal and where no pair is estimated."""
+    out = np.full((size, size), np.nan)
+    left, right = pairs.left_P.cpu().numpy(), pairs.right_P.cpu().numpy()
+    out[left, right] = out[right, left] = pairs.information_P.cpu().numpy()
+    return out

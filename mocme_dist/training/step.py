@@ -1,0 +1,143 @@
+"""One training step: encode at the owner, exchange fused vectors, score, weigh; gradients back the same way.
+
+The engine wraps `StepModule`, which holds the dense parameters only. The rows enter as a leaf tensor and leave with
+a gradient; the table applies it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mocme_dist.batching.batch import Batch
+from mocme_dist.model.fusion import Fused
+from mocme_dist.model.loss import LossSettings, LossStats, completion_loss
+from mocme_dist.model.mocme import MoCME
+from mocme_dist.parallel.comm import Comm
+from mocme_dist.parallel.exchange import Route, exchange
+from mocme_dist.parallel.table import EntityTable
+from mocme_dist.training.engine import Engine
+
+
+class PhaseTimer:
+    """Seconds spent in named phases, added up until `take`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The sums so far; they start again at 0."""
+        taken, self.seconds = dict(self.seconds), defaultdict(float)
+        return taken
+
+
+class EntityInput(NamedTuple):
+    """What the owner needs to encode V of its entities: raw (V, F) by modality, present (M, V), held_out (V,)."""
+
+    raw: dict[str, Tensor]
+    present_MV: Tensor
+    held_out_V: Tensor
+
+
+class StepModule(nn.Module):
+    """The dense part of the model, and the whole forward pass of a rank."""
+
+    def __init__(self, model: MoCME, loss: LossSettings, comm: Comm, timer: PhaseTimer) -> None:
+        super().__init__()
+        self.model, self.loss, self.comm, self.timer = model, loss, comm, timer
+
+    def forward(self, entities: EntityInput, route: Route, batch: Batch, estimate: bool) -> tuple[Tensor, LossStats, Fused]:
+        """The loss to differentiate on this rank, sums for the log, and what fusion did.
+
+        The engine averages gradients over ranks, so each rank's share is multiplied by the number of ranks: the
+        average is then the gradient of the mean over the global batch. The networks' own loss is a share too.
+        """
+        fused = self.model.encode(entities.raw, entities.present_MV, entities.held_out_V, self.comm.sum, estimate)
+        with self.timer.phase("exchange"):
+            z_UD = exchange(fused.z_VD, route)
+        loss, stats = completion_loss(
+            z_UD[batch.source_Gb],
+            self.model.relations(batch.relation_Gb),
+            batch.sign_Gb,
+            z_UD[batch.target_Gb],
+            z_UD[batch.pool_GN],
+            batch.allowed_GbN,
+            batch.weight_Gb,
+            self.loss,
+        )
+        return (loss / batch.total + fused.loss) * self.comm.world_size, stats, fused
+
+
+class StepResult(NamedTuple):
+    """One step: sums over ranks as `pack_stats` lays them out, fusion's weights here, and what became of it."""
+
+    sums: Tensor
+    fused: Fused
+    skipped: bool
+    stop: bool
+    row_gradient_norm: float
+
+
+STAT_NAMES = ("loss", "positive", "negative", "allowed", "positive_score", "queries", "mine_loss", "stop", "easy", "ambiguous", "hard")
+
+
+def pack_stats(stats: LossStats, mine_loss: Tensor, stop: bool) -> Tensor:
+    """The step's sums as one vector (see STAT_NAMES): one small reduction serves the log, the finite check and the stop flag."""
+    scalars = [stats.loss, stats.positive, stats.negative, stats.allowed, stats.positive_score, stats.queries, mine_loss.detach()]
+    flag = torch.tensor(float(stop), device=stats.loss.device)
+    return torch.cat([torch.stack([*(value.double() for value in scalars), flag.double()]), stats.classes_3.double()])
+
+
+def train_step(
+    engine: Engine,
+    table: EntityTable,
+    rows_VD: Tensor,
+    entities: EntityInput,
+    route: Route,
+    batch: Batch,
+    comm: Comm,
+    *,
+    estimate: bool,
+    clip: float,
+    stop: bool,
+    timer: PhaseTimer,
+) -> StepResult:
+    """Forward, agree that all is finite, backward, update. Nothing moves on any rank when anything is not finite."""
+    with timer.phase("compute"):
+        loss, stats, fused = engine(entities, route, batch, estimate)
+        sums = comm.sum(pack_stats(stats, fused.loss, stop))
+        finite = bool(torch.isfinite(sums).all())
+        stopping = bool(sums[STAT_NAMES.index("stop")] > 0)
+        if not finite:
+            return StepResult(sums, fused, True, stopping, 0.0)
+        engine.backward(loss)
+    with timer.phase("update"):
+        # Rows got the sum over ranks of gradients that were multiplied by the world size; see StepModule.
+        grad_VD = rows_VD.grad if rows_VD.grad is not None else torch.zeros_like(rows_VD)
+        grad_VD = grad_VD / comm.world_size
+        square = comm.sum(grad_VD.double().square().sum())
+        finite = engine.gradients_finite() and bool(torch.isfinite(square))
+        if comm.any(not finite):
+            engine.zero_grad()
+            return StepResult(sums, fused, True, stopping, float("nan"))
+        norm = float(square.sqrt())
+        if clip and norm > clip:
+            grad_VD = grad_VD * (clip / norm)
+        engine.step()
+        table.update(route.rows_V, grad_VD)
+    return StepResult(sums, fused, False, stopping, norm)

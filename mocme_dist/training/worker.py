@@ -1,0 +1,290 @@
+"""One rank's parts of a run, put together: data set, features, table, model, engine; and what is done with them.
+
+Training and evaluation use the same worker, so that what is evaluated is what was trained.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocme_dist.batching.batch import Batch, BatchMaker
+from mocme_dist.batching.sampler import QuerySampler
+from mocme_dist.config import Config
+from mocme_dist.data.dataset import Dataset
+from mocme_dist.data.features import FeatureStore
+from mocme_dist.errors import ConfigError, DataError
+from mocme_dist.evaluation.metrics import report
+from mocme_dist.evaluation.protocol import split_queries
+from mocme_dist.evaluation.ranking import RowShard, rank_queries
+from mocme_dist.model.entropy import Weighting
+from mocme_dist.model.fusion import FusionSettings
+from mocme_dist.model.loss import LossSettings
+from mocme_dist.model.mocme import MoCME, ModelSettings
+from mocme_dist.parallel.comm import Comm
+from mocme_dist.parallel.exchange import Route, plan_route
+from mocme_dist.parallel.table import EntityTable
+from mocme_dist.partition import RowPartition
+from mocme_dist.training.engine import make_engine
+from mocme_dist.training.log import Progress
+from mocme_dist.training.step import EntityInput, PhaseTimer, StepModule
+
+log = logging.getLogger(__name__)
+
+
+def resolve_modalities(config: Config, dataset: Dataset) -> tuple[str, ...]:
+    """The modalities to fuse, structure first; "auto" takes all that the data set has.
+
+    Raises:
+        DataError: one is asked for that the data set does not have.
+    """
+    has = ("structure", *dataset.modalities)
+    wanted = has if config.modalities == "auto" else config.modalities
+    if missing := [name for name in wanted if name not in has]:
+        raise DataError(f"{dataset.directory}: no {', '.join(missing)} in this data set; it has {', '.join(has)}; change `modalities`")
+    return tuple(wanted)
+
+
+def use_compiler(choice: str, device: torch.device) -> bool:
+    """Whether to compile the hot path: auto where a compiler is found.
+
+    Raises:
+        ConfigError: `on` where there is none.
+    """
+    found = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    found = found or (device.type == "cpu" and any(shutil.which(name) for name in ("c++", "g++", "clang++")))
+    if choice == "on" and not found:
+        raise ConfigError("compile: on, but no C++ compiler (CPU) or triton (GPU) is found; install one or set compile=off")
+    if choice == "auto" and not found:
+        log.warning("no compiler is found: the loss runs in its plain form, some fifty times slower")
+    return found and choice != "off"
+
+
+class Worker:
+    """One rank: its rows, features and engine, ready to step and to rank."""
+
+    def __init__(self, config: Config, dataset: Dataset, comm: Comm) -> None:
+        self.config, self.dataset, self.comm = config, dataset, comm
+        self.timer = PhaseTimer()
+        self.modalities = resolve_modalities(config, dataset)
+        self.partition = RowPartition(dataset.num_entities, comm.world_size)
+        self.first, self.last = self.partition.bounds(comm.rank)
+        self.stores = self._open_stores()
+        self.table = EntityTable(
+            self.partition,
+            comm.rank,
+            config.experts.width,
+            optimizer=config.entities.optimizer,
+            learning_rate=config.entities.learning_rate or config.train.learning_rate,
+            weight_decay=config.entities.row_weight_decay,
+            init_range=config.entities.init_range,
+            seed=config.train.seed,
+            device=comm.device,
+        )
+        self.compiled = use_compiler(config.compile, comm.device)
+        raw_widths = {name: config.experts.width if name == "structure" else self.stores[name].width for name in self.modalities}
+        self.model = MoCME(raw_widths, dataset.num_relations, _model_settings(config), config.train.seed).to(comm.device)
+        self._set_statistics()
+        module = StepModule(self.model, _loss_settings(config, self.compiled), comm, self.timer)
+        self.engine = make_engine(module, _groups(config, module), config.train.gradient_clipping, config.deepspeed, comm)
+        sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
+        self.maker = BatchMaker(
+            dataset.triples("train"),
+            dataset.known("train"),
+            dataset.num_entities,
+            sampler,
+            config.negatives.chunk_size,
+            0 if config.train.loss == "one_vs_all" else config.negatives.count,
+            comm.rank,
+            comm.world_size,
+        )
+
+    def _open_stores(self) -> dict[str, FeatureStore]:
+        """Feature stores of this rank's range; when one rank's part is bad, all ranks stop and say so."""
+        stores, error = {}, None
+        try:
+            for name in self.modalities:
+                if name != "structure":
+                    where = (self.dataset.directory, name, self.first, self.last)
+                    stores[name] = FeatureStore.open(*where, self.config.features.residency, str(self.comm.device))
+        except DataError as cause:
+            error = cause
+        self.comm.raise_together(error)
+        return stores
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with this run to be loaded into it; nothing here depends on the number of ranks."""
+        c = self.config
+        return {
+            "num_entities": self.dataset.num_entities,
+            "num_relations": self.dataset.num_relations,
+            "dataset": self.dataset.fingerprint,
+            "modalities": list(self.modalities),
+            "width": c.experts.width,
+            "num_experts": c.experts.num_experts,
+            "estimator": c.fusion.estimator,
+            "structure": c.projection.structure,
+            "optimizer": c.entities.optimizer,
+            "seed": c.train.seed,
+            "batch_size": c.train.batch_size,
+            "chunk_size": c.negatives.chunk_size,
+            "negatives": self.maker.num_negatives,
+        }
+
+    def _set_statistics(self) -> None:
+        """Mean and deviation of the present raw features over all ranks, for the projections."""
+        for name, store in self.stores.items():
+            sums = torch.zeros(1 + 2 * store.width, dtype=torch.float64)
+            for rows in torch.arange(store.num_rows).split(8192):
+                values_UF, present_U = store.gather(rows)
+                values_UF = values_UF[present_U].double().cpu()
+                sums += torch.cat([torch.tensor([float(len(values_UF))]), values_UF.sum(0), values_UF.square().sum(0)])
+            count, total_F, square_F = self.comm.sum(sums.to(self.comm.device)).cpu().split([1, store.width, store.width])
+            mean_F = total_F / count.clamp_min(1)
+            std_F = (square_F / count.clamp_min(1) - mean_F.square()).clamp_min(0).sqrt()
+            self.model.projections.by_modality[name].set_statistics(mean_F.float(), std_F.float())  # type: ignore[operator]
+
+    def prepare(self, step: int) -> tuple[Batch, Route]:
+        """This rank's batch of `step` and its route; collective, called by the background thread in order of steps."""
+        batch = self.maker.make(step)
+        route = plan_route(batch.ids_U, self.partition, self.comm)
+        return batch.to(self.comm.device), route.to(self.comm.device)
+
+    def inputs(self, rows_V: Tensor, rows_VD: Tensor) -> EntityInput:
+        """What encoding local rows needs, from table and stores."""
+        raw, present = {}, []
+        for name in self.modalities:
+            if name == "structure":
+                raw[name], present_V = rows_VD, torch.ones(len(rows_V), dtype=torch.bool, device=rows_VD.device)
+            else:
+                raw[name], present_V = self.stores[name].gather(rows_V)
+            present.append(present_V)
+        # Ids are a random permutation, so odd ids are a random half of the entities, the same at every world size.
+        held_out_V = (rows_V + self.first) % 2 == 1
+        return EntityInput(raw, torch.stack(present), held_out_V)
+
+    def _blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Encoding blocks: (first id of the block, local begin, local end).
+
+        Blocks lie at multiples of their size whatever the range of this rank, and are always encoded whole: a row
+        meets the same kernels at every world size, so ranks are equal bit for bit.
+        """
+        size = self._block_rows()
+        for block in range(self.first // size, -(-self.last // size) if self.last > self.first else 0):
+            yield block * size, max(self.first, block * size) - self.first, min(self.last, (block + 1) * size) - self.first
+
+    def _block_rows(self) -> int:
+        return min(self.config.evaluation.encode_rows, -(-self.dataset.num_entities // 64) * 64)
+
+    def encode_rows(self) -> RowShard:
+        """Fused vectors of this rank's entities; not collective but under ZeRO-3, where every rank must call it."""
+        self.model.eval()
+        size = self._block_rows()
+        z_rD = torch.empty(self.last - self.first, self.config.experts.width, device=self.comm.device)
+        weights = []
+        blocks = list(self._blocks())
+        # Under ZeRO-3 parameters are gathered by all ranks together: all must run as many blocks.
+        rounds = max(self.comm.gather(len(blocks)))
+        with torch.no_grad():
+            for turn in range(rounds):
+                start, begin, end = blocks[turn] if turn < len(blocks) else (self.first, 0, 0)
+                rows = torch.arange(begin, end, device=self.comm.device)
+                entities = self.inputs(rows, self.table.rows_rD[rows])
+                offset = begin + self.first - start
+                fused = self.model.encode(*_pad(entities, offset, size))
+                z_rD[begin:end] = fused.z_VD[offset : offset + end - begin]
+                weights.append(fused.inter_VM[offset : offset + end - begin])
+        self.model.train()
+        self.modality_weights = torch.cat(weights) if weights else torch.empty(0, len(self.modalities))
+        return RowShard(z_rD, self.first)
+
+    def evaluate(self, split: str, limit: int = 0, show: bool = False) -> dict[str, Any]:
+        """Exact filtered metrics of a split, the same on every rank; collective.
+
+        Args:
+            limit: evaluate a fixed sample of so many queries; 0 takes all.
+            show: write progress lines.
+        """
+        queries = split_queries(self.dataset.triples(split), limit)
+        progress = Progress(f"evaluate {split}", len(queries.source), show and self.comm.rank == 0)
+        ranks = rank_queries(
+            queries,
+            self.model.relations,
+            self.encode_rows(),
+            self.dataset.known("all"),
+            self.comm,
+            query_block=self.config.evaluation.query_block,
+            tile_rows=self.config.evaluation.tile_rows,
+            compiled=self.compiled,
+            progress=lambda done, _: progress(done),
+        )
+        sampled = {"sampled_of": 2 * len(self.dataset.triples(split))} if len(queries.source) < 2 * len(self.dataset.triples(split)) else {}
+        return report(split, np.asarray(ranks), queries.direction, **sampled)
+
+
+def _pad(entities: EntityInput, offset: int, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The entities at `offset` of a block of `size` rows; the other rows are absent zeros."""
+    after = size - offset - len(entities.held_out_V)
+    pad_rows = lambda value: torch.nn.functional.pad(value, (0, 0, offset, after))  # noqa: E731
+    raw = {name: pad_rows(value) for name, value in entities.raw.items()}
+    return raw, torch.nn.functional.pad(entities.present_MV, (offset, after)), torch.nn.functional.pad(entities.held_out_V, (offset, after))
+
+
+def _model_settings(config: Config) -> ModelSettings:
+    fusion, mine = config.fusion, config.mine
+    return ModelSettings(
+        width=config.experts.width,
+        num_experts=config.experts.num_experts,
+        residual=config.experts.residual,
+        experts_dropout=config.experts.dropout,
+        projection_hidden=config.projection.hidden,
+        projection_dropout=config.projection.dropout,
+        structure=config.projection.structure,
+        gamma=config.rotate.gamma,
+        fusion=FusionSettings(
+            estimator=fusion.estimator,
+            scope=fusion.scope,
+            weight_gradient=fusion.weight_gradient,
+            temperature=fusion.temperature,
+            normalize=fusion.normalize,
+            hidden=mine.hidden,
+            ema=mine.ema,
+            bounded=mine.bounded,
+            clip=mine.clip,
+            rows=mine.rows,
+        ),
+    )
+
+
+def _loss_settings(config: Config, compiled: bool) -> LossSettings:
+    n = config.negatives
+    weighting = Weighting(n.weighting, n.easy_below, n.hard_from, n.weight_easy, n.weight_ambiguous, n.weight_hard, n.temperature)
+    return LossSettings(config.train.loss, config.rotate.gamma, weighting, compiled)
+
+
+def _groups(config: Config, module: StepModule) -> list[dict[str, Any]]:
+    """Adam's groups: the statistics networks ascend at their own rate."""
+    networks = [p for name, p in module.named_parameters() if ".mine." in name]
+    others = [p for name, p in module.named_parameters() if ".mine." not in name]
+    groups = [{"params": others, "lr": config.train.learning_rate}]
+    return [*groups, {"params": networks, "lr": config.mine.learning_rate}] if networks else groups
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The packed data set of a run whose paths are resolved.
+
+    Raises:
+        ConfigError: neither data.dataset nor data.raw is set.
+    """
+    if config.data.dataset is None:
+        raise ConfigError("data.dataset: not set; give a packed data set (data.dataset) or a raw folder (data.raw)")
+    return Dataset.open(Path(config.data.dataset))
