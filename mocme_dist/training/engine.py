@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mocme_dist.config.schema import DeepSpeedConfig
-from mocme_dist.errors import ConfigError
+from mocme_dist.errors import CheckpointError, ConfigError
 from mocme_dist.parallel.comm import Comm
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,15 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Gradients of the dense parameters, and of any leaf in the graph."""
 
-    def gradients_finite(self) -> bool:
-        """Whether this rank sees only finite dense gradients; True where the engine checks by itself."""
+    def step(self) -> bool:
+        """Average, clip, update, forget the gradients; collective.
 
-    def zero_grad(self) -> None:
-        """Forget the gradients of a skipped step."""
+        Returns:
+            Whether it was applied, the same on every rank: when a gradient of any rank is not finite, nothing moves.
+        """
 
-    def step(self) -> None:
-        """Average, clip, update, forget the gradients."""
+    def skip(self) -> None:
+        """Forget the gradients of a step that is not to be applied; called by all ranks."""
 
     def gradient_norm(self) -> float:
         """Global norm of the dense gradients of the last step, before clipping."""
@@ -51,12 +53,35 @@ class Engine(Protocol):
         """Full values, moments and buffers by name, float32 on the CPU; collective, the same on every rank."""
 
     def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Take what `state` gave, at any stage and number of ranks; collective."""
+        """Take what `state` gave, at any stage and number of ranks; collective.
+
+        Args:
+            num_updates: steps that were applied so far, for Adam's bias correction.
+
+        Raises:
+            CheckpointError: tensors of `state` are missing here, or have other shapes than here.
+        """
 
 
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     """Persistent buffers only: the others are derived."""
-    return {name: value for name, value in module.state_dict().items() if name not in dict(module.named_parameters())}
+    parameters = dict(module.named_parameters())
+    return {name: value for name, value in module.state_dict().items() if name not in parameters}
+
+
+def _check_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Refuse a state of another model; under ZeRO-3 a parameter's own shape is that of its part."""
+    here = {f"buffer/{name}": tuple(value.shape) for name, value in buffers_of(module).items()}
+    for name, p in module.named_parameters():
+        here |= {f"{kind}/{name}": tuple(getattr(p, "ds_shape", p.shape)) for kind in ("value", *MOMENTS)}
+    there = {name: tuple(value.shape) for name, value in state.items()}
+    differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if differing:
+        shown = "; ".join(f"{name}: checkpoint {there.get(name, 'nothing')}, now {here.get(name, 'nothing')}" for name in differing[:4])
+        raise CheckpointError(
+            f"dense state: {len(differing)} tensors differ from this model's: {shown}; the settings or the widths of the "
+            "features have changed; use another run.dir or the settings of then"
+        )
 
 
 class TorchEngine:
@@ -74,28 +99,26 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         """Local gradients, then their mean over ranks."""
         loss.backward()
-        if self.comm.world_size == 1:
-            return
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        # A parameter that no rank's graph reached must still be reduced: all ranks reduce the same flat vector.
+        # A parameter that this rank's graph did not reach counts as zero, as it does under DeepSpeed: all ranks reduce
+        # the same flat vector, and one count of updates serves all moments.
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
         flat = self.comm.sum(flat) / self.comm.world_size
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 
-    def gradients_finite(self) -> bool:
-        """Checked here: plain Adam would poison the weights."""
-        return all(bool(torch.isfinite(p.grad).all()) for p in self.module.parameters() if p.grad is not None)
-
-    def zero_grad(self) -> None:
-        """Forget them."""
-        self.optimizer.zero_grad()
-
-    def step(self) -> None:
-        """Clip and update."""
+    def step(self) -> bool:
+        """Clip and update; plain Adam would poison the weights with what is not finite."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
-        self.optimizer.step()
+        applied = math.isfinite(self._norm)
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return applied
+
+    def skip(self) -> None:
+        """Forget them."""
         self.optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
@@ -108,12 +131,13 @@ class TorchEngine:
 
     def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
         """See `Engine`."""
+        _check_state(self.module, state)
         _load_values(self.module, state)
         _load_plain_moments(self.module, self.optimizer, state, num_updates)
 
 
 def _plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in _buffers(module).items()}
+    out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(module).items()}
     for name, p in module.named_parameters():
         out[f"value/{name}"] = p.detach().float().cpu().clone()
         for moment in MOMENTS:
@@ -126,13 +150,13 @@ def _load_values(module: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.copy_(state[f"value/{name}"])
-        for name, buffer in _buffers(module).items():
+        for name, buffer in buffers_of(module).items():
             buffer.copy_(state[f"buffer/{name}"])
 
 
 def _load_plain_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], num_updates: int) -> None:
     for name, p in module.named_parameters():
-        moments = {moment: state[f"{moment}/{name}"].to(p.device, p.dtype) for moment in MOMENTS}
+        moments = {moment: state[f"{moment}/{name}"].to(p.device, p.dtype, copy=True) for moment in MOMENTS}
         optimizer.state[p] = {"step": torch.tensor(float(num_updates)), **moments}
 
 
@@ -141,6 +165,8 @@ class DeepSpeedEngine:
 
     def __init__(self, module: nn.Module, groups: list[dict[str, Any]], clip: float, config: DeepSpeedConfig, comm: Comm) -> None:
         os.environ.setdefault("DS_ACCELERATOR", comm.device.type)
+        # Launchers set it; DeepSpeed asks for it even where there is none and this process is the only rank.
+        os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))
         deepspeed = _import_deepspeed()
         self.stage, self.clip, self.comm = config.stage, clip, comm
         self.names = {id(p): name for name, p in module.named_parameters()}
@@ -155,15 +181,15 @@ class DeepSpeedEngine:
             "steps_per_print": 2**62,
         }
         optimizer = torch.optim.Adam(groups)
+        exact = [buffer.clone() for buffer in module.buffers()]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        self.module = module
-        self.plain = optimizer
-        # The engine casts buffers along with the parameters; moving averages need their digits.
-        for buffer in module.buffers():
-            if buffer.dtype == torch.bfloat16:
-                buffer.data = buffer.data.float()
+        self.module, self.plain, self._norm = module, optimizer, 0.0
+        # The engine casts buffers along with the parameters; statistics and moving averages need their digits.
+        for buffer, value in zip(module.buffers(), exact, strict=True):
+            buffer.data = value
+        self._make_moments()
 
     def __call__(self, *args: Any) -> Any:
         """Forward."""
@@ -171,26 +197,39 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Through the engine: plain backward is refused at stage 0."""
+        if self.stage == 3:
+            # Where a parameter is out of reach of this loss, its last gradient would be applied once more.
+            self.optimizer.grad_partitions_flat_buffer.zero_()
         self.engine.backward(loss)
 
-    def gradients_finite(self) -> bool:
-        """Stage 0 steps on whatever it finds, so it is checked here; the others skip by themselves."""
-        if self.stage:
-            return True
-        return all(bool(torch.isfinite(p.grad).all()) for p in self.module.parameters() if p.grad is not None)
+    def step(self) -> bool:
+        """Clip and update. Plain Adam would step on whatever it finds; the engine's own optimizers look first."""
+        if self._is_plain():
+            self._norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+            if not math.isfinite(self._norm):
+                self.skip()
+                return False
+        self.engine.step()
+        return bool(self.engine.was_step_applied())
 
-    def zero_grad(self) -> None:
-        """Of engine and optimizer."""
-        self.engine.zero_grad()
-        self.optimizer.zero_grad()
+    def skip(self) -> None:
+        """Forget them. The engine keeps reduced gradients in places of its own and adds the next ones to those."""
+        if self._is_plain():
+            self.engine.zero_grad()
+            return
+        # NaN makes the engine skip on every rank and clean up as it does after an overflow.
+        if self.stage == 3:
+            self.optimizer.grad_partitions_flat_buffer.fill_(float("nan"))
+        else:
+            from deepspeed.utils import safe_set_full_grad
 
-    def step(self) -> None:
-        """Clip and update."""
+            p = next(p for p in self.module.parameters() if p.requires_grad)
+            safe_set_full_grad(p, torch.full_like(p, float("nan")))
         self.engine.step()
 
     def gradient_norm(self) -> float:
-        """Of the last step; 0 where the stage does not compute it."""
-        norm = self.engine.get_global_grad_norm()
+        """Of the last step."""
+        norm = self._norm if self._is_plain() else self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
     def state(self) -> dict[str, Tensor]:
@@ -199,7 +238,7 @@ class DeepSpeedEngine:
 
         if self._is_plain():
             return _plain_state(self.module, self.plain)
-        out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in _buffers(self.module).items()}
+        out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(self.module).items()}
         for name, p in self.module.named_parameters():
             out[f"value/{name}"] = safe_get_full_fp32_param(p).float().cpu().clone()
             for moment in MOMENTS:
@@ -209,22 +248,53 @@ class DeepSpeedEngine:
 
     def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
         """Full tensors into whatever parts this stage keeps."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+        _check_state(self.module, state)
         if self._is_plain():
             _load_values(self.module, state)
             _load_plain_moments(self.module, self.plain, state, num_updates)
             return
         with torch.no_grad():
-            for name, buffer in _buffers(self.module).items():
+            for name, buffer in buffers_of(self.module).items():
                 buffer.copy_(state[f"buffer/{name}"])
-        for name, p in self.module.named_parameters():
-            safe_set_full_fp32_param(p, state[f"value/{name}"].to(self.comm.device))
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(p, state[f"{moment}/{name}"].to(self.comm.device), moment)
+            for name, p in self.module.named_parameters():
+                self._set_full(p, state[f"value/{name}"].to(self.comm.device), None)
+                for moment in MOMENTS:
+                    self._set_full(p, state[f"{moment}/{name}"].to(self.comm.device), moment)
+        if self.stage < 3:
+            # What is set are the float32 masters; the parameters that the forward pass reads are copies of them.
+            self.optimizer.update_lp_params()
         for values in self.plain.state.values():
-            if "step" in values:
-                values["step"] = torch.tensor(float(num_updates)) if isinstance(values["step"], Tensor) else num_updates
+            values["step"].fill_(num_updates)
+
+    def _set_full(self, p: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """Put this rank's part of `value` where the stage keeps it: the master of `p` or one of its moments."""
+        if self.stage < 3:
+            p.set_full_hp_param(value, moment)  # type: ignore[attr-defined]
+            return
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        # Parts are padded to one size; deepspeed's own full setters fail where a parameter does not divide evenly.
+        size = safe_get_local_fp32_param(p).numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.comm.world_size - value.numel()))
+        part = padded[size * self.comm.rank : size * (self.comm.rank + 1)]
+        if moment is not None:
+            safe_set_local_optimizer_state(p, part, moment)
+            return
+        import deepspeed
+
+        safe_set_local_fp32_param(p, part)
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            p.copy_(value)
+
+    def _make_moments(self) -> None:
+        """Give Adam the state that its first step would make: until then DeepSpeed can neither show nor take moments."""
+        if self._is_plain():
+            return
+        flats = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else [p for g in self.plain.param_groups for p in g["params"]]
+        for flat in flats:
+            self.plain.state[flat] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+        if self.stage < 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _is_plain(self) -> bool:
         """Stage 0 in float32 leaves parameters and optimizer as they are."""

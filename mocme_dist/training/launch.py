@@ -7,6 +7,7 @@ mend it; lost workers are.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -34,6 +35,8 @@ from mocme_dist.training.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
+# Parameters of glibc's mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _FINAL = (ConfigError, DataError, CheckpointError, DivergedError, StorageError, Preempted)
 _KINDS = {kind.__name__: kind for kind in (*_FINAL, RankError, MocmeError)}
 
@@ -52,9 +55,7 @@ def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
     directory.stop_file.unlink(missing_ok=True)
     with _graceful_stop(directory):
         if config.launch.mode == "local":
-            import torch
-
-            torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
+            _tune_process(config)
             return _run_task(config, task, arguments)
         return _launch_ray(config, task, arguments)
 
@@ -63,6 +64,22 @@ def _run_task(config: Config, task: str, arguments: dict[str, Any]) -> dict[str,
     from mocme_dist.training.loop import run_evaluation, run_training
 
     return run_training(config) if task == "train" else run_evaluation(config, **arguments)
+
+
+def _tune_process(config: Config) -> None:
+    """Threads of this rank, and an allocator that keeps the pages of a step's large tensors for the next one.
+
+    glibc would map and unmap each of them: the page faults cost about half of a step on a CPU.
+    """
+    import torch
+
+    torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library: nothing to tune
+    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
+        mallopt(parameter, value)
 
 
 @contextmanager
@@ -157,11 +174,9 @@ def _first_cause(error: BaseException) -> str:
 
 def _ray_worker(payload: dict[str, Any]) -> None:
     """Body of one rank under Ray Train."""
-    import torch
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = parse_config(payload["config"])
-    torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
+    _tune_process(config)
     rank = int(os.environ["RANK"])
     outcome = RunDirectory(config.run.dir).path / "outcome.json"
     _run_and_write(lambda: _run_task(config, payload["task"], payload["arguments"]), outcome, rank)
