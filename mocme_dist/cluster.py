@@ -1,0 +1,81 @@
+"""Joins the Ray cluster that there is, or starts a small one for this process. Imports ray lazily."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+from mocme_dist.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# A local cluster moves only task descriptions and statistics; Ray's default would take a third of the memory.
+OBJECT_STORE_BYTES = 200_000_000
+
+
+def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
+    """Make `ray` usable: join the cluster that RAY_ADDRESS names (as under `ray job submit`), else start a local one.
+
+    Does nothing when Ray is initialised already. A local cluster listens on loopback only, has no dashboard and ends
+    with this process; it claims `min_cpus` CPUs where the machine has fewer, so a small machine shares instead of
+    waiting for ever. On a joined cluster too few CPUs are a warning: it may be one that grows.
+
+    Args:
+        min_cpus: CPUs that the work to come asks for.
+        log_to_driver: show what workers write to their standard output and error.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster of RAY_ADDRESS cannot be reached.
+    """
+    # RAY_ADDRESS is Ray's own way to name a cluster; `ray job submit` sets it for the driver. Asked here because
+    # ray.init() without it would also pick up the stale address file of a cluster that is gone.
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or address.startswith(("127.", "localhost:", "[::1]")):
+        # Read when ray is first imported. Without it a local cluster listens on all interfaces, and 127.0.0.1 is
+        # rewritten to the outward address, where a cluster on loopback does not answer.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("Ray is not installed; pip install 'ray[default,data,train]', or run with launch.mode=local") from None
+    if ray.is_initialized():
+        return
+    if not address:
+        cpus = max(os.cpu_count() or 1, min_cpus)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=log_to_driver,
+            logging_level=logging.WARNING,
+        )
+        log.info("ray: started a local cluster with %d CPUs", cpus)
+        return
+    _check_listening(address)
+    try:
+        ray.init(address="auto", log_to_driver=log_to_driver, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no cluster answers ({reason}); start it, or unset RAY_ADDRESS; "
+            "a cluster with token authentication answers only where RAY_AUTH_MODE=token is set as well"
+        ) from None
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus = int(resources.get("CPU", 0))
+    log.info("ray: joined %s with %d CPUs", address, cpus)
+    if cpus < min_cpus:
+        log.warning("ray: the cluster has %d CPUs, this work asks for %d: it waits until the cluster grows", cpus, min_cpus)
+
+
+def _check_listening(address: str) -> None:
+    """Fail at once where nothing listens; Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return  # "auto", "ray://..." and their like: Ray knows them
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"RAY_ADDRESS={address}: no cluster answers ({reason}); start it, or unset RAY_ADDRESS") from None

@@ -1,0 +1,279 @@
+"""Shards to feature parts with frozen encoders: a Ray Data actor pool, or the same work in a plain loop.
+
+The unit of work, of retry and of resume is one shard of one modality. An actor holds one encoder at a time, streams
+the shard's tar from shared storage and writes the part there; only counts and timings come back. Complete parts are
+never made again; the encoder hash decides what is complete. The one module that imports ray.data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocme_dist import errors
+from mocme_dist.cluster import connect_ray
+from mocme_dist.config.schema import EncodersConfig
+from mocme_dist.data.dataset import Dataset
+from mocme_dist.data.features import part_is_complete
+from mocme_dist.data.files import read_json, write_json
+from mocme_dist.encoders.encoder import Encoder, encoder_hash
+from mocme_dist.encoders.image import ImageEncoder, image_settings
+from mocme_dist.encoders.numeric import NumericEncoder, NumericStatistics, collect_numbers, fit_numbers, numeric_settings
+from mocme_dist.encoders.progress import Progress
+from mocme_dist.encoders.report import finish_modality, timings
+from mocme_dist.encoders.shard import extract_shard
+from mocme_dist.encoders.text import TextEncoder, text_settings
+from mocme_dist.errors import ConfigError, DataError, MocmeError
+
+log = logging.getLogger(__name__)
+
+ENCODED = ("text", "image", "numeric")  # in this order; structure needs no encoder
+READ_HERE_BYTES = 1 << 30  # shards up to this much are read for their statistics sooner than actors have started
+Task = dict[str, Any]  # {"kind": a modality or "statistics", "shard": n}
+Result = dict[str, Any]
+
+
+def extract_features(
+    dataset: Dataset, encoders: EncodersConfig, text_columns: Sequence[str], modalities: Sequence[str], use_ray: bool
+) -> dict[str, Any]:
+    """Bring the features of `modalities` up to date and write extract_report.json into the data set.
+
+    Args:
+        dataset: packed; under a cluster its directory must be the same path on every node.
+        encoders: which encoders, with how many actors.
+        text_columns: columns that make an entity's text, in order.
+        modalities: any of "text", "image", "numeric"; each must be in the data set.
+        use_ray: run on Ray actors; otherwise in this process, with equal bytes as the result.
+
+    Returns:
+        The report: per modality counts, failures by cause with examples, rates and bytes.
+
+    Raises:
+        ConfigError: an encoder cannot be had. DataError: a shard is damaged, or strict and a file cannot be decoded.
+        StorageError: a part cannot be written.
+    """
+    wanted = _ordered(dataset, modalities)
+    dataset = Dataset.open(Path(dataset.directory).absolute())  # actors start in another folder
+    encoders = _absolute(encoders)
+    statistics = _numeric_statistics(dataset, encoders, text_columns, use_ray) if "numeric" in wanted else None
+    settings = {modality: _settings(modality, encoders, text_columns, statistics) for modality in wanted}
+    hashes = {modality: encoder_hash(modality, settings[modality], encoders.dtype) for modality in wanted}
+    pending = {modality: _pending(dataset, modality, hashes[modality]) for modality in wanted}
+    tasks = [{"kind": modality, "shard": shard} for modality in wanted for shard in pending[modality]]
+    results, seconds = _run_all(tasks, dataset, Workshop(dataset.directory, encoders, tuple(text_columns), statistics, hashes), use_ray)
+    report: dict[str, Any] = {"modalities": {}}
+    for modality in wanted:
+        summary = finish_modality(dataset, modality, settings[modality], hashes[modality], encoders)
+        summary["parts"] = {"done": len(pending[modality]), "skipped": dataset.shards.num_shards - len(pending[modality])}
+        summary.update(timings(results[modality], seconds[modality]))
+        report["modalities"][modality] = summary
+    write_json(dataset.directory / "extract_report.json", report)
+    return report
+
+
+class Workshop:
+    """Does tasks one after another with one encoder at a time; what an actor is, and what the plain loop uses."""
+
+    def __init__(
+        self,
+        directory: Path,
+        encoders: EncodersConfig,
+        text_columns: tuple[str, ...],
+        statistics: NumericStatistics | None,
+        hashes: dict[str, str],
+    ) -> None:
+        self.directory, self.encoders, self.text_columns = directory, encoders, text_columns
+        self.statistics, self.hashes = statistics, hashes
+        self.dataset: Dataset | None = None
+        self.encoder: Encoder | None = None
+
+    def do(self, task: Task, on_rows: Callable[[int], None] | None = None) -> Result:
+        """Run one task; a `MocmeError` comes back as {"error": kind, "message": text}."""
+        # the sums of a product depend on how many threads share it
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, int(self.encoders.cpus_per_actor)))
+        try:
+            self.dataset = self.dataset or Dataset.open(self.directory)
+            if task["kind"] == "statistics":
+                samples = self.dataset.read_samples(task["shard"], self.encoders.max_member_mb * 2**20)
+                return {**task, "numbers": collect_numbers(sample.members for sample in samples)}
+            encoder = self._encoder_of(task["kind"])
+            return {**task, **extract_shard(encoder, self.dataset, task["shard"], self.encoders, self.hashes[task["kind"]], on_rows)}
+        except MocmeError as error:
+            return {**task, "error": type(error).__name__, "message": str(error)}
+        finally:
+            torch.set_num_threads(threads)
+
+    def _encoder_of(self, modality: str) -> Encoder:
+        if self.encoder is None or self.encoder.modality != modality:
+            self.encoder = None  # free the old one first: two do not need to fit
+            encoder = build_encoder(modality, self.encoders, self.text_columns, self.statistics)
+            found = encoder_hash(modality, encoder.settings, self.encoders.dtype)
+            if found != self.hashes[modality]:
+                raise DataError(
+                    f"encoders.{modality}: this node's weights or settings give hash {found[:12]}, "
+                    f"the driver's {self.hashes[modality][:12]}; bring the same files to every node"
+                )
+            self.encoder = encoder
+        return self.encoder
+
+
+class _Actor:
+    """A workshop in a Ray Data actor; rows in and out are JSON, so Ray has no types to guess."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.workshop = workshop
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"result": json.dumps(self.workshop.do(json.loads(row["task"])))}
+
+
+def build_encoder(
+    modality: str, encoders: EncodersConfig, text_columns: Sequence[str], statistics: NumericStatistics | None, device: str | None = None
+) -> Encoder:
+    """The encoder of a modality; on a GPU when the configuration gives actors one.
+
+    Raises:
+        ConfigError: its model, weights or package cannot be had.
+    """
+    if device is None:
+        device = "cuda" if encoders.gpus_per_actor > 0 else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"encoders.gpus_per_actor={encoders.gpus_per_actor:g}: torch sees no GPU here; set it to 0")
+    if modality == "text":
+        return TextEncoder(encoders.text, text_columns, device)
+    if modality == "image":
+        return ImageEncoder(encoders.image, encoders.max_pixels, device)
+    assert statistics is not None
+    return NumericEncoder(statistics)
+
+
+def _settings(modality: str, encoders: EncodersConfig, columns: Sequence[str], statistics: NumericStatistics | None) -> dict[str, Any]:
+    if modality == "text":
+        return text_settings(encoders.text, columns)
+    if modality == "image":
+        return image_settings(encoders.image, encoders.max_pixels)
+    assert statistics is not None
+    return numeric_settings(statistics)
+
+
+def _ordered(dataset: Dataset, modalities: Sequence[str]) -> list[str]:
+    have = [name for name in ENCODED if name in dataset.modalities]
+    for name in modalities:
+        if name not in have:
+            raise ConfigError(f"modality {name}: {dataset.directory} has no such files to encode; it has {', '.join(have) or 'none'}")
+    return [name for name in have if name in modalities]
+
+
+def _absolute(encoders: EncodersConfig) -> EncodersConfig:
+    """The same configuration with local paths made absolute."""
+    text, image = encoders.text, encoders.image
+    if Path(text.model).exists():
+        text = text.model_copy(update={"model": str(Path(text.model).absolute())})
+    if image.weights is not None:
+        image = image.model_copy(update={"weights": str(Path(image.weights).absolute())})
+    kind, _, name = image.model.partition(":")
+    if kind == "transformers" and Path(name).exists():
+        image = image.model_copy(update={"model": f"transformers:{Path(name).absolute()}"})
+    return encoders.model_copy(update={"text": text, "image": image})
+
+
+# -- running tasks
+
+
+def _run(tasks: Sequence[Task], workshop: Workshop, use_ray: bool, on_rows: Callable[[int], None] | None) -> Iterator[Result]:
+    """Results in the order they are ready; the first error stops the rest."""
+    stream: Generator[Result, None, None]
+    stream = _run_ray(tasks, workshop) if use_ray and tasks else (workshop.do(task, on_rows) for task in tasks)
+    with closing(stream):
+        for result in stream:
+            if "error" in result:
+                raise getattr(errors, result["error"])(result["message"])
+            yield result
+
+
+def _run_ray(tasks: Sequence[Task], workshop: Workshop) -> Generator[Result, None, None]:
+    connect_ray(math.ceil(workshop.encoders.actors * workshop.encoders.cpus_per_actor))
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
+    encoders = workshop.encoders
+    rows = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
+    done = rows.map(
+        _Actor,  # type: ignore[arg-type]  # Ray builds one per actor
+        fn_constructor_args=(workshop,),
+        # two in flight: the next shard's description waits at the actor; more would unbalance the end
+        compute=ray.data.ActorPoolStrategy(size=min(encoders.actors, len(tasks)), max_tasks_in_flight_per_actor=2),
+        num_cpus=encoders.cpus_per_actor,
+        num_gpus=encoders.gpus_per_actor or None,
+    )
+    for row in done.iter_rows():
+        yield json.loads(row["result"])
+
+
+def _run_all(
+    tasks: Sequence[Task], dataset: Dataset, workshop: Workshop, use_ray: bool
+) -> tuple[dict[str, list[Result]], dict[str, float]]:
+    """Results per modality, and the wall-clock seconds each modality took."""
+    results: dict[str, list[Result]] = {modality: [] for modality in workshop.hashes}
+    seconds = dict.fromkeys(workshop.hashes, 0.0)
+    sizes = {shard: last - first for shard in range(dataset.shards.num_shards) for first, last in [dataset.shards.bounds(shard)]}
+    before = time.monotonic()
+    if not tasks:
+        return results, seconds
+    with Progress("extract", sum(sizes[task["shard"]] for task in tasks)) as progress:
+        for result in _run(tasks, workshop, use_ray, None if use_ray else progress.add):
+            if use_ray:
+                progress.add(sizes[result["shard"]])
+            results[result["kind"]].append(result)
+            now = time.monotonic()
+            seconds[result["kind"]] += now - before
+            before = now
+    return results, seconds
+
+
+# -- what is done, and what is left
+
+
+def _numeric_statistics(dataset: Dataset, encoders: EncodersConfig, columns: Sequence[str], use_ray: bool) -> NumericStatistics:
+    """Statistics of all numbers, from features/numeric/statistics.json when that is of these shards."""
+    path = dataset.directory / "features" / "numeric" / "statistics.json"
+    made_from = {"shards": [entry.sha256 for entry in dataset.entries], "max_attributes": encoders.numeric.max_attributes}
+    try:
+        stored = read_json(path)
+        if stored["made_from"] == made_from:
+            return NumericStatistics.from_json(stored)
+    except (DataError, KeyError, TypeError):
+        pass  # absent or torn: made below
+    tasks = [{"kind": "statistics", "shard": shard} for shard in range(dataset.shards.num_shards)]
+    workshop = Workshop(dataset.directory, encoders, tuple(columns), None, {})
+    use_ray = use_ray and sum(entry.bytes for entry in dataset.entries) > READ_HERE_BYTES
+    with Progress("numeric statistics", len(tasks), "shards") as progress:
+        found: dict[int, Any] = {}
+        for result in _run(tasks, workshop, use_ray, None):
+            found[result["shard"]] = result["numbers"]
+            progress.add(1)
+    statistics = fit_numbers((found[shard] for shard in sorted(found)), encoders.numeric.max_attributes)
+    write_json(path, {"made_from": made_from, **statistics.to_json()})
+    return statistics
+
+
+def _pending(dataset: Dataset, modality: str, pinned: str) -> list[int]:
+    """Shards whose part is missing or stale. A manifest of another encoder is withdrawn before its parts change."""
+    directory = dataset.directory / "features" / modality
+    manifest = directory / "manifest.json"
+    if manifest.is_file() and read_json(manifest).get("encoder_hash") != pinned:
+        log.info("%s: encoder or settings changed; its parts are made again", modality)
+        manifest.unlink()
+    return [shard for shard, entry in enumerate(dataset.entries) if not part_is_complete(directory, shard, entry.sha256, pinned)]

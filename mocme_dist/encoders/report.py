@@ -1,0 +1,78 @@
+"""What a finished extraction leaves behind: a modality's manifest, its summary for the report, the table for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from mocme_dist.config.schema import EncodersConfig
+from mocme_dist.data.dataset import Dataset
+from mocme_dist.data.features import FEATURES_FORMAT, part_path
+from mocme_dist.data.files import read_json, write_json
+from mocme_dist.encoders.shard import EXAMPLES, part_width, strict_error
+
+
+def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], pinned: str, encoders: EncodersConfig) -> dict[str, Any]:
+    """Write the modality's manifest from its parts' files, and sum them up."""
+    directory = dataset.directory / "features" / modality
+    parts = [read_json(part_path(directory, shard).with_suffix(".json")) for shard in range(dataset.shards.num_shards)]
+    failed: Counter[str] = Counter()
+    for part in parts:
+        failed.update(part["failed"])
+    examples = [example for part in parts for example in part["examples"]][:EXAMPLES]
+    if encoders.strict and examples:
+        raise strict_error(examples[0]["id"], modality, examples[0]["cause"], examples[0]["message"])
+    present = sum(part["present"] for part in parts)
+    manifest = {
+        "format": FEATURES_FORMAT,
+        "modality": modality,
+        "width": part_width(directory, 0),
+        "dtype": encoders.dtype,
+        "encoder": settings,
+        "encoder_hash": pinned,
+        "num_rows": dataset.num_entities,
+        "shard_rows": dataset.shards.shard_rows,
+        "present": present,
+        "failed": dict(sorted(failed.items())),
+    }
+    write_json(directory / "manifest.json", manifest)
+    names = dataset.entity_names() if examples else []
+    return {
+        "width": manifest["width"],
+        "present": present,
+        "absent": dataset.num_entities - present,
+        "share": round(present / dataset.num_entities, 4),
+        "failed": manifest["failed"],
+        "examples": [{**example, "name": names[example["id"]]} for example in examples],
+        "bytes": sum(part["bytes"] for part in parts),
+        "encoder_hash": pinned,
+    }
+
+
+def timings(results: Iterable[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+    """Rates and phases over the shards done now; phases are sums over actors, decoding overlaps encoding."""
+    results = list(results)
+    samples = sum(result["samples"] for result in results)
+    busy = sum(result["seconds"] for result in results)
+    phases = {key: round(sum(result[key] for result in results), 3) for key in ("read_s", "decode_s", "encode_s", "write_s")}
+    return {
+        "samples": samples,
+        "seconds": round(wall_s, 3),  # with the start of actors and the loading of weights
+        "samples_per_s": round(samples / wall_s, 1) if wall_s else 0.0,
+        "samples_per_s_per_actor": round(samples / busy, 1) if busy else 0.0,
+        "phases": phases,
+    }
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """The report as a table for people."""
+    titles = f"{'modality':<10}{'width':>7}{'present':>11}{'share':>8}{'failed':>8}{'samples/s':>11}{'MiB':>9}"
+    lines = [titles + "  parts done/skipped, failures"]
+    for name, row in report["modalities"].items():
+        causes = ", ".join(f"{cause} {count}" for cause, count in row["failed"].items())
+        lines.append(
+            f"{name:<10}{row['width']:>7}{row['present']:>11,}{row['share']:>8.1%}{sum(row['failed'].values()):>8,}"
+            f"{row['samples_per_s']:>11,.1f}{row['bytes'] / 2**20:>9.1f}  {row['parts']['done']}/{row['parts']['skipped']}  {causes}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,218 @@
+"""One shard through one encoder to one feature part: read, decode, collate in a thread; encode and write here.
+
+The pieces of a shard form batches in id order and nothing else decides them, so a part has the same bytes whoever
+makes it and however often. Timings and rates go to the result, never to the part's files.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mocme_dist.config.schema import EncodersConfig
+from mocme_dist.data.dataset import Dataset
+from mocme_dist.data.features import part_path, write_part
+from mocme_dist.data.shards import Sample
+from mocme_dist.encoders.encoder import Encoder
+from mocme_dist.errors import DataError
+
+EXAMPLES = 20  # failures listed by name; all are counted
+T = TypeVar("T")
+
+
+def strict_error(entity: int, modality: str, cause: str, message: str) -> DataError:
+    """What stops the job for one bad file when `encoders.strict` asks for it."""
+    return DataError(f"entity {entity}: {modality}: {cause}: {message}; encoders.strict=false counts it as absent instead")
+
+
+@dataclass
+class _Chunk:
+    """Pieces that are encoded together, of the entities in `rows` (local, ascending, repeated for several pieces)."""
+
+    rows: list[int]
+    batch: Any
+
+
+@dataclass
+class _Tally:
+    """What one thread counts: the decoding one has its own, read after the last chunk, so no order depends on timing."""
+
+    samples: int = 0
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    failed: Counter[str] = field(default_factory=Counter)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, entity: int, cause: str, message: str, modality: str, strict: bool) -> None:
+        if strict:
+            raise strict_error(entity, modality, cause, message)
+        self.failed[cause] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append({"id": entity, "cause": cause, "message": message[:200]})
+
+
+def extract_shard(
+    encoder: Encoder, dataset: Dataset, shard: int, config: EncodersConfig, pinned: str, on_rows: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Encode a shard and write its part.
+
+    Args:
+        encoder: of the modality to extract.
+        dataset: packed data set; the part goes to DIRECTORY/features/MODALITY.
+        shard: number of the shard.
+        config: type on disk, limits, strictness.
+        pinned: the encoder hash that the part carries.
+        on_rows: called with the number of rows done since its last call.
+
+    Returns:
+        samples (entities with files of the modality) and seconds of each phase, for the report.
+
+    Raises:
+        DataError: the shard is not what the manifest says, or `config.strict` and a file cannot be decoded.
+        StorageError: the part cannot be written.
+    """
+    started = time.monotonic()
+    first, last = dataset.shards.bounds(shard)
+    tally = _Tally()
+    samples = dataset.read_samples(shard, config.max_member_mb * 2**20)
+    chunks = run_ahead(_chunks(samples, encoder, first, tally, config.strict))
+    dtype = np.dtype(config.dtype)
+    present = np.zeros(last - first, dtype=np.uint8)
+    encode_s, done = 0.0, 0
+    vectors: list[np.ndarray] = []
+    overflown = _Tally()
+    for row, vector, seconds in _entity_means(chunks, encoder):
+        encode_s += seconds
+        with np.errstate(over="ignore"):
+            stored = vector.astype(dtype)
+        if np.isfinite(stored).all():
+            vectors.append(stored)
+            present[row] = 1
+        else:
+            overflown.add(first + row, "not finite", f"features leave the range of {dtype}", encoder.modality, config.strict)
+        if on_rows is not None and row + 1 - done >= encoder.chunk:
+            on_rows(row + 1 - done)
+            done = row + 1
+    values = np.stack(vectors) if vectors else np.zeros((0, encoder.width), dtype=dtype)
+    stats = {
+        "failed": dict(sorted((tally.failed + overflown.failed).items())),
+        "examples": sorted(tally.examples + overflown.examples, key=lambda example: example["id"])[:EXAMPLES],
+        "input_sha256": dataset.entries[shard].sha256,
+        "encoder_hash": pinned,
+    }
+    writing = time.monotonic()
+    write_part(dataset.directory / "features" / encoder.modality, shard, values, present, stats)
+    if on_rows is not None:
+        on_rows(last - first - done)
+    ended = time.monotonic()
+    return {
+        "samples": tally.samples,
+        "read_s": tally.read_s,
+        "decode_s": tally.decode_s,
+        "encode_s": encode_s,
+        "write_s": ended - writing,
+        "seconds": ended - started,
+    }
+
+
+def _chunks(samples: Iterable[Sample], encoder: Encoder, first: int, tally: _Tally, strict: bool) -> Iterator[_Chunk]:
+    """Decode samples into chunks of exactly `encoder.chunk` pieces; the last one may be shorter."""
+    prefix = encoder.modality + "."
+    rows: list[int] = []
+    pieces: list[Any] = []
+    stream = iter(samples)
+    while True:
+        before = time.monotonic()
+        sample = next(stream, None)
+        read = time.monotonic()
+        tally.read_s += read - before
+        if sample is None:
+            break
+        members = {name: content for name, content in sample.members.items() if name.startswith(prefix)}
+        tally.samples += bool(members)
+        decoded = encoder.decode(members)
+        for failure in decoded.failures:
+            tally.add(sample.id, failure.cause, failure.message, encoder.modality, strict)
+        rows.extend([sample.id - first] * len(decoded.pieces))
+        pieces.extend(decoded.pieces)
+        ready = []
+        while len(pieces) >= encoder.chunk:
+            ready.append(_Chunk(rows[: encoder.chunk], encoder.collate(pieces[: encoder.chunk])))
+            del rows[: encoder.chunk], pieces[: encoder.chunk]
+        tally.decode_s += time.monotonic() - read
+        yield from ready
+    if pieces:
+        yield _Chunk(rows, encoder.collate(pieces))
+
+
+def _entity_means(chunks: Iterable[_Chunk], encoder: Encoder) -> Iterator[tuple[int, np.ndarray, float]]:
+    """(local row, mean over the entity's pieces (F,) float32, seconds spent in the encoder since the last yield)."""
+    current, count, seconds = -1, 0, 0.0
+    total = np.zeros(encoder.width, dtype=np.float32)
+    for chunk in chunks:
+        before = time.monotonic()
+        features = encoder.encode(chunk.batch)
+        seconds += time.monotonic() - before
+        for row, vector in zip(chunk.rows, features, strict=True):
+            if row != current and count:
+                yield current, total / np.float32(count), seconds
+                total, count, seconds = np.zeros_like(total), 0, 0.0
+            current, count = row, count + 1
+            total += vector
+    if count:
+        yield current, total / np.float32(count), seconds
+
+
+def run_ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """The same items, produced by a thread that stays up to `depth` items ahead; its exception is raised here."""
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(message: tuple[bool, Any]) -> None:
+        while not stop.is_set():
+            try:
+                waiting.put(message, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((True, item))
+                if stop.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=produce, name="decode-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, value = waiting.get()
+            if more:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        stop.set()
+        thread.join()
+
+
+def part_width(directory: Path, shard: int) -> int:
+    """F of a feature part on disk, from its header."""
+    from safetensors import safe_open
+
+    with safe_open(part_path(directory, shard), framework="np") as part:
+        return int(part.get_slice("values").get_shape()[1])

@@ -1,0 +1,43 @@
+"""The command `python -m mocme_dist.extract`: packed shards to feature parts."""
+
+from __future__ import annotations
+
+from mocme_dist.commands import command_parser, config_of, run_command
+
+DESCRIPTION = """\
+Run the frozen encoders over a packed data set: DATASET_DIR/shards -> DATASET_DIR/features/MODALITY.
+Works on a Ray Data actor pool (encoders.actors), on the cluster of RAY_ADDRESS or a local one; with --local or
+launch.mode=local in this process, without Ray. Run it again after any interruption: finished parts are kept.
+Prints a table to standard error and one JSON report as the last line; DATASET_DIR/extract_report.json has it all."""
+
+
+def main() -> None:
+    """Parse the command line, extract, report."""
+    parser = command_parser("extract", DESCRIPTION)
+    parser.add_argument("dataset_dir", metavar="DATASET_DIR", help="what mocme_dist.pack wrote")
+    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="text, image, numeric; default: all that the data set has")
+    parser.add_argument("--local", action="store_true", help="no Ray: one process (as launch.mode=local)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first file that cannot be decoded (as encoders.strict=true)")
+    args = parser.parse_args()
+    config = config_of(args, ["encoders.strict=true"] if args.strict else [])
+
+    import json
+    import sys
+    from pathlib import Path
+
+    from mocme_dist.data.dataset import Dataset
+
+    dataset = Dataset.open(Path(args.dataset_dir))
+    # torch and the encoders take seconds to import: not before the data set is known to be one
+    from mocme_dist.encoders.pipeline import ENCODED, extract_features
+    from mocme_dist.encoders.report import report_table
+
+    modalities = args.modalities or [name for name in ENCODED if name in dataset.modalities]
+    use_ray = not args.local and config.launch.mode == "ray"
+    report = extract_features(dataset, config.encoders, config.data.text_columns, modalities, use_ray)
+    print(report_table(report), file=sys.stderr)
+    print(json.dumps(report, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run_command(main)
