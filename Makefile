@@ -24,3 +24,14 @@ demo: env
 	$(BIN)/python -m mocme_dist.train --config configs/demo.yaml
 	$(BIN)/python -m mocme_dist.train --config configs/demo.yaml --set 'modalities=[structure]' run.dir=runs/demo-structure data.dataset=runs/demo/dataset
 	$(BIN)/python -m tools.demo_report runs/demo --control runs/demo-structure
+
+# The whole suite: also what is marked ray, slow and gpu (the last skip where there is no accelerator).
+test: env
+	$(BIN)/python -m pytest -q
+
+# Only what is unmarked: two minutes on two cores.
+test-unit: env
+	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu"
+
+check: env
+	$(BIN)/python tools/check.py

@@ -14,6 +14,15 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 200_000_000
 
 
+def quiet_worker() -> None:
+    """Runs first in every process of a local cluster: silences a watcher that needs the dashboard we do not start.
+
+    Ray Train's clean-up actor asks the dashboard about its controller once a second and warns each time that it is
+    not there. A local cluster ends with its driver, so there is nothing to clean up after it.
+    """
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+
+
 def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
     """Make `ray` usable: join the cluster that RAY_ADDRESS names (as under `ray job submit`), else start a local one.
 
@@ -50,6 +59,7 @@ def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=log_to_driver,
             logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": "mocme_dist.cluster.quiet_worker"},
         )
         log.info("ray: started a local cluster with %d CPUs", cpus)
         return

@@ -50,6 +50,10 @@ def run_command(main: Callable[[], None]) -> None:
             traceback.print_exc()
         print(error_block(error), file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: internal: {type(error).__name__}: {error}; this is a mistake of the program, please report it", file=sys.stderr)
+        sys.exit(MocmeError.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(75)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from mocme_dist.commands import command_parser, run_command
 from mocme_dist.config import load_config
 from mocme_dist.errors import ConfigError
+from mocme_dist.train import resolve_paths
 
 DESCRIPTION = """\
 Rank a split under a run's best checkpoint (by valid MRR), every entity a candidate, known answers filtered, ties at
@@ -18,22 +20,29 @@ object, also written to RUN_DIR/metrics.json.
   python -m mocme_dist.evaluate runs/demo --split valid --set launch.mode=local"""
 
 
+def _step(text: str) -> str:
+    if text != "auto" and not text.isdecimal():
+        raise ArgumentTypeError(f"expected a step number, got {text!r}")
+    return text
+
+
 def main() -> None:
     """Parse, evaluate, print the report."""
     parser = command_parser("evaluate", DESCRIPTION)
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
-    parser.add_argument("--step", default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
+    parser.add_argument("--step", type=_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
     args = parser.parse_args()
     run_dir = Path(args.run_dir).absolute()
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         raise ConfigError(f"{run_dir}: not a run directory: no config.yaml in it; give the run.dir of a training run")
-    config = load_config([saved, *args.config], [*args.overrides, f"run.dir={json.dumps(str(run_dir))}"])
-    from mocme_dist.training.launch import launch
+    config = resolve_paths(load_config([saved, *args.config], [*args.overrides, f"run.dir={json.dumps(str(run_dir))}"]))
+    from mocme_dist.training.launch import is_follower, launch
 
     report = launch(config, "evaluate", split=args.split, step=args.step)
-    print(json.dumps(report), flush=True)
+    if not is_follower(config):
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -50,28 +50,38 @@ def prepare_data(config: Config) -> None:
 
     path = Path(str(config.data.dataset))
     dataset = pack_folder(Path(config.data.raw), path, config.data) if config.data.raw is not None else Dataset.open(path)
-    wanted = dataset.modalities if config.modalities == "auto" else [name for name in config.modalities if name in dataset.modalities]
+    from mocme_dist.training.worker import resolve_modalities
+
+    wanted = [name for name in resolve_modalities(config, dataset) if name != "structure"]
     if config.data.raw is not None and wanted:
         from mocme_dist.encoders.pipeline import extract_features
+        from mocme_dist.training.launch import start_ray
 
-        extract_features(dataset, config.encoders, config.data.text_columns, list(wanted), use_ray=config.launch.mode == "ray")
+        use_ray = config.launch.mode == "ray"
+        if use_ray:
+            start_ray(config)  # with room for the training too; extraction by itself would start a smaller one
+        extract_features(dataset, config.encoders, config.data.text_columns, wanted, use_ray=use_ray)
 
 
 def train(config: Config) -> dict[str, Any]:
     """The whole job; the report that is printed last."""
-    from mocme_dist.training.launch import launch
+    from mocme_dist.training.launch import is_follower, launch
     from mocme_dist.training.rundir import RunDirectory
 
+    if is_follower(config):
+        return launch(config, "train")
     directory = RunDirectory(config.run.dir)
-    directory.prepare(config)
     with directory.lock():
-        directory.status("running", pid=os.getpid())
         try:
+            if not directory.config.exists():  # that of an earlier run stands until its checkpoint has accepted this one
+                directory.write_config(config)
+            directory.status("running", pid=os.getpid())
             prepare_data(config)
             report = launch(config, "train")
         except BaseException as error:
-            code = error.exit_code if isinstance(error, MocmeError) else 70
-            state = "preempted" if isinstance(error, Preempted) else "failed"
+            stopped = isinstance(error, Preempted | KeyboardInterrupt)
+            code = 75 if stopped else error.exit_code if isinstance(error, MocmeError) else 70
+            state = "preempted" if stopped else "failed"
             directory.status(state, exit_code=code, error=f"{type(error).__name__}: {error}", **_where(directory))
             raise
         directory.status("done", exit_code=0, **_where(directory))
@@ -90,8 +100,11 @@ def main() -> None:
     args = parser.parse_args()
     config = resolve_paths(config_of(args, [f'run.resume="{args.resume}"'] if args.resume else []))
     report = train(config)
-    log.info("TensorBoard: tensorboard --logdir %s", Path(config.run.dir) / "tensorboard")
-    print(json.dumps(report), flush=True)
+    from mocme_dist.training.launch import is_follower
+
+    if not is_follower(config):
+        log.info("TensorBoard: tensorboard --logdir %s", Path(config.run.dir) / "tensorboard")
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ class Answerer:
     """A run's best checkpoint on one process: distances of every entity to a query."""
 
     def __init__(self, run: Path) -> None:
-        config = load_config([run / "config.yaml"], ["deepspeed.engine=torch", "deepspeed.bf16=false", "compile=off", f"run.dir={json.dumps(str(run))}"])
+        config = load_config(
+            [run / "config.yaml"], ["deepspeed.engine=torch", "deepspeed.bf16=false", "compile=off", f"run.dir={json.dumps(str(run))}"]
+        )
         self.dataset = Dataset.open(Path(str(config.data.dataset)))
         with communication(60) as comm:
             worker = Worker(config, self.dataset, comm)
@@ -131,7 +133,8 @@ def examples(runs: dict[str, Path], count: int, seed: int) -> list[str]:
     queries = split_queries(dataset.triples("test"))
     tails = np.flatnonzero(queries.direction == 0)
     np.random.default_rng(seed).shuffle(tails)
-    lines, seen = [], set()
+    lines: list[str] = []
+    seen: set[int] = set()
     for index in tails:
         source, relation, direction, target = (int(column[index]) for column in queries)
         if relation in seen or len(seen) == count:

@@ -103,7 +103,9 @@ class BatchMaker:
                 a.reshape(1, -1) for a in (source_Gb, relation_Gb, direction_Gb, target_Gb, real_Gb)
             )
         G, b = source_Gb.shape
-        pool_GN = self._pools(step, chunk_G)
+        # A chunk that is all filling borrows the first chunk's pool: rows that nobody needs must not be asked for,
+        # because the table's optimizer moves every row of a step, by its momentum if not by a gradient.
+        pool_GN = self._pools(step, np.where(chunk_G * self.chunk_size < len(queries), chunk_G, 0))
         allowed_GbN = ~self._known_in_pool(source_Gb, relation_Gb, direction_Gb, pool_GN)
         ids_U, index = np.unique(np.concatenate([source_Gb.ravel(), target_Gb.ravel(), pool_GN.ravel()]), return_inverse=True)
         source, target, pool = np.split(index, [G * b, 2 * G * b])

@@ -8,40 +8,49 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mocme_dist.config.schema import Config
+from mocme_dist.config.schema import MODALITIES, Config
 from mocme_dist.errors import ConfigError
 
 
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML with YAML 1.2 scalars and no duplicate keys."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (the base class declares it so)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A dictionary; a key that stands twice is an error, where YAML's own loader lets the last one win."""
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise ConfigError(f"{key_node.start_mark.name}:{line}: expected a name as the key, got {key!r}")
             if key in seen:
                 raise ConfigError(f"{key_node.start_mark.name}:{line}: key '{key}' was given on line {seen[key]} already; delete one")
             seen[key] = line
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that puts into quotes whatever either the loader here or one of YAML 1.1 would not read as text."""
+
+
+_FLOAT = r"[-+]?(?:(?:0|[1-9][0-9_]*)\.[0-9_]*|\.[0-9]+|(?:0|[1-9][0-9_]*)(?=[eE]))(?:[eE][-+]?[0-9]+)?"
 for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|)$", ["~", "n", ""]),
     ("bool", r"^(?:true|false)$", ["t", "f"]),
     ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
-    ("float", r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    ("float", f"^{_FLOAT}$", list("-+.0123456789")),
 ):
-    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+    for _class in (_StrictLoader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def _parse_yaml(text: str, name: str) -> Any:
@@ -96,6 +105,8 @@ def _describe(error: Any) -> str:
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
+    if path[:1] == ["modalities"]:
+        return f"modalities: expected auto or a list of {', '.join(MODALITIES)}; wrong here: {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     given = "" if isinstance(error["input"], BaseModel | dict) else f", got {error['input']!r}"
     return f"{where}: {message}{given}"
@@ -114,10 +125,13 @@ def load_config(files: Iterable[str | Path] = (), overrides: Iterable[str] = ())
             text = path.read_text(encoding="utf8")
         except OSError as error:
             raise ConfigError(f"{path.absolute()}: configuration file cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path.absolute()}: configuration file is not UTF-8 at byte {error.start}") from None
         values = _parse_yaml(text, str(path))
         if values is not None and not isinstance(values, dict):
             raise ConfigError(f"{path}: expected sections of keys, got {type(values).__name__}")
-        _merge(merged, values or {})
+        # A section with nothing under it, its lines commented out say, changes nothing.
+        _merge(merged, {key: value for key, value in (values or {}).items() if value is not None or _section([key]) is None})
     for text in overrides:
         _merge(merged, _override(text))
     return parse_config(merged)
@@ -132,11 +146,13 @@ def parse_config(values: dict) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        # A union reports each of its branches; one line for a key is enough.
-        lines = {tuple(e["loc"][:1] if e["loc"][:1] == ("modalities",) else e["loc"]): _describe(e) for e in error.errors()}
+        lines: dict[tuple, str] = {}
+        for e in error.errors():
+            # A union reports each of its branches; one line for a key is enough, and the first says most.
+            lines.setdefault(e["loc"][:1] if e["loc"][:1] == ("modalities",) else e["loc"], _describe(e))
         raise ConfigError("; ".join(lines.values())) from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal `Config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True))

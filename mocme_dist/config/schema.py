@@ -17,7 +17,7 @@ Modality = Literal["structure", "text", "image", "numeric"]
 class Section(BaseModel):
     """A part of the configuration: read only, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _check_dev(value: str) -> str:
@@ -69,7 +69,8 @@ class ImageEncoderConfig(Section):
 
     model: str = Field(
         "torchvision:vgg16",
-        description="'torchvision:NAME', 'transformers:FOLDER_OR_NAME', or 'module:function' that returns a frozen encoder (see encoders/image.py).",
+        description="'torchvision:NAME', 'transformers:FOLDER_OR_NAME', or 'module:function' that returns a frozen encoder "
+        "(see encoders/image.py).",
     )
     weights: str | None = Field(
         None,
@@ -147,7 +148,7 @@ class MineConfig(Section):
     ema: float = Field(0.95, ge=0, lt=1, description="Decay of the moving average of the estimates that the fusion uses.")
     bounded: bool = Field(
         True,
-        description="Estimate on held-out entities, clip T and cap at log n. False: the paper's raw estimate from the rows just trained on.",
+        description="Estimate on held-out entities, clip T and cap at log n. False: the paper's raw estimate from the rows it trained on.",
     )
     clip: float = Field(10.0, gt=0, description="With bounded: |T| is clipped to this inside the exponential (SMILE).")
     every: int = Field(1, ge=1, description="Estimate and train the networks at every n-th step.")
@@ -229,7 +230,7 @@ class DeepSpeedConfig(Section):
         "auto", description="auto takes DeepSpeed where it is installed; torch is the plain twin."
     )
     stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage.")
-    bf16: bool = Field(False, description="Dense parameters and activations in bfloat16; rows stay float32.")
+    bf16: bool = Field(False, description="Dense parameters and activations in bfloat16, rows stay float32; stage 0 runs as 1 then.")
 
 
 class EvaluationConfig(Section):

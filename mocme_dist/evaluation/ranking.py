@@ -119,12 +119,13 @@ def rank_block(
     counts_2Q = torch.zeros(2, Q, dtype=torch.int64, device=device)
     for start, count, rows_TD in _tiles(shard, tile_rows):
         distance_QT = _distances(query_QD, rows_TD, compiled)[:, :count]
-        counts_2Q[0] += (distance_QT < target_Q1).sum(1)
+        # Not "<": where one of the two is NaN the candidate counts as better, so a model that has diverged ranks last.
+        counts_2Q[0] += (~(distance_QT >= target_Q1)).sum(1)
         counts_2Q[1] += (distance_QT == target_Q1).sum(1)
         low, high = np.searchsorted(skip_row, [start, start + count])
         at_query = torch.from_numpy(skip_query[low:high]).to(device)
         skipped = distance_QT[at_query, torch.from_numpy(skip_row[low:high] - start).to(device)]
-        counts_2Q[0].index_add_(0, at_query, -(skipped < target_Q1[at_query, 0]).long())
+        counts_2Q[0].index_add_(0, at_query, -(~(skipped >= target_Q1[at_query, 0])).long())
         counts_2Q[1].index_add_(0, at_query, -(skipped == target_Q1[at_query, 0]).long())
     above_Q, equal_Q = comm.sum(counts_2Q).cpu().numpy()
     return 1 + above_Q + equal_Q / 2

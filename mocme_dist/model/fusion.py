@@ -82,10 +82,12 @@ class PairInformation(nn.Module):
             information: (P,) or (P, V).
             log_n_P: (P,).
         """
-        if self.settings.normalize and self.settings.estimator == "mine":
-            # Before the first estimate log n is 0 and so is the information: all weights are equal.
-            scale = log_n_P.clamp_min(1e-6) if information.dim() == 1 else log_n_P.clamp_min(1e-6)[:, None]
-            information = information / scale
+        if self.settings.estimator == "mine":
+            log_n = log_n_P if information.dim() == 1 else log_n_P[:, None]
+            if self.settings.normalize:
+                information = information / log_n.clamp_min(1e-6)
+            # Before a pair's first estimate its log n is 0 and its network untrained: it says nothing about anybody.
+            information = torch.where(log_n > 0, information, 0.0)
         return information / self.settings.temperature
 
     def estimate(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce) -> MineEstimate | None:

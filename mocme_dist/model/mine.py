@@ -169,10 +169,10 @@ class Mine(nn.Module):
         estimate_PV = present_PV & held_out_V if bounded else present_PV
         partner_PV = torch.where(held_out_V, next_valid(estimate_PV), next_valid(train_PV)) if bounded else next_valid(present_PV)
         joint_PV, marginal_PV = self.networks(self.standardise(view_SVD), partner_PV, frozen=False)
-        clipped_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
-        # float64: without the clip, exp of a diverging T must not overflow before anybody has seen it.
-        exp_PV = clipped_PV.double().exp()
         with torch.no_grad():
+            clipped_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
+            # float64: without the clip, exp of a diverging T must not overflow before anybody has seen it.
+            exp_PV = clipped_PV.double().exp()
             sums = [
                 train_PV.sum(1),
                 (exp_PV * train_PV).sum(1),
@@ -190,9 +190,12 @@ class Mine(nn.Module):
             information_P = (joint_P / n_P - log_mean_exp_P).clamp_min(0)
             if bounded:
                 information_P = torch.minimum(information_P, n_P.log())
-            self._average(train_exp_P / trained_P.clamp_min(1))
+            self._average(train_exp_P / trained_P.clamp_min(1), trained_P > 0)
         weight_PV = train_PV / trained_P.clamp_min(1)[:, None]
-        ascent_P = (joint_PV * weight_PV).sum(1) - (exp_PV * weight_PV).sum(1) / self.mean_exp_P.clamp_min(1e-30)
+        # The clip bounds the exponential but not its gradient: a T' beyond the clip must still be pushed back, or
+        # nothing holds T where the true information is unbounded (without this it passed 1e7 in 4,000 steps).
+        pushed_PV = exp_PV * (1 + marginal_PV - marginal_PV.detach())
+        ascent_P = (joint_PV * weight_PV).sum(1) - (pushed_PV * weight_PV).sum(1) / self.mean_exp_P.clamp_min(1e-30)
         return MineEstimate(-ascent_P.sum().float(), information_P.float(), n_P.log().float(), log_mean_exp_P.float(), count_P >= 2)
 
     def _follow_views(self, moments: Tensor) -> None:
@@ -207,9 +210,11 @@ class Mine(nn.Module):
         self.deviation_SD.copy_(keep * self.deviation_SD + (1 - keep) * variance_SD.clamp_min(1e-12).sqrt())
         self.num_updates += 1
 
-    def _average(self, mean_exp_P: Tensor) -> None:
-        fresh = self.mean_exp_P == 0
-        self.mean_exp_P.copy_(torch.where(fresh, mean_exp_P, 0.9 * self.mean_exp_P + 0.1 * mean_exp_P))
+    def _average(self, mean_exp_P: Tensor, moves_P: Tensor) -> None:
+        """Move the averages of the pairs that had rows to train on."""
+        moved_P = torch.where(self.mean_exp_P == 0, mean_exp_P, 0.9 * self.mean_exp_P + 0.1 * mean_exp_P)
+        # Averaged in, a step without rows would count as E[exp T'] = 0, and the gradient is divided by the average.
+        self.mean_exp_P.copy_(torch.where(moves_P, moved_P, self.mean_exp_P))
 
 
 def _moments(view_SVD: Tensor, present_SV: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class MoCME(nn.Module):
         """Fuse V entities.
 
         Args:
-            raw: (V, F) features of each modality; rows where it is absent are ignored, whatever they hold.
+            raw: (V, F) features of each modality; rows where it is absent are ignored, whatever finite numbers they hold.
             present_MV: (M, V) bool.
             held_out_V: (V,) entities that only estimate mutual information; needed with `estimate`.
             reduce: adds a tensor over ranks.

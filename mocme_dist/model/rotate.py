@@ -90,7 +90,7 @@ def _pull(query_GDb: Tensor, pool_GDN: Tensor, slope_GbN: Tensor) -> tuple[Tenso
 
 @cache
 def _kernel(name: str, compiled: bool) -> Callable:
-    function = {"distance": _distance_to_pool, "pull": _pull}[name]
+    function: Callable = _distance_to_pool if name == "distance" else _pull
     # Batches have fixed shapes; evaluation adds a handful more. Dynamic shapes would cost speed at every step.
     return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
 

@@ -95,7 +95,8 @@ def communication(timeout_s: int) -> Iterator[Comm]:
         if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
         ahead = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         yield Comm(dist.get_rank(), dist.get_world_size(), device, ahead)

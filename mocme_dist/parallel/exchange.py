@@ -27,22 +27,24 @@ class Route:
         asked_A: (A,) position in rows_V of each vector that is sent, askers in order of rank.
         asked_counts: how many of them go to each rank; sums to A.
         wanted_counts: how many vectors come from each rank; sums to U.
+        rank: this rank.
     """
 
     rows_V: Tensor
     asked_A: Tensor
     asked_counts: list[int]
     wanted_counts: list[int]
+    rank: int
 
     def to(self, device: torch.device) -> Route:
         """The same route with its tensors on `device`."""
         rows_V, asked_A = self.rows_V.to(device, non_blocking=True), self.asked_A.to(device, non_blocking=True)
-        return Route(rows_V, asked_A, self.asked_counts, self.wanted_counts)
+        return Route(rows_V, asked_A, self.asked_counts, self.wanted_counts, self.rank)
 
     @property
     def sent_vectors(self) -> int:
         """Vectors that leave this rank for another one."""
-        return sum(self.asked_counts)
+        return sum(self.asked_counts) - self.asked_counts[self.rank]
 
 
 def plan_route(ids_U: np.ndarray, partition: RowPartition, comm: Comm) -> Route:
@@ -58,14 +60,14 @@ def plan_route(ids_U: np.ndarray, partition: RowPartition, comm: Comm) -> Route:
     wanted_counts = np.diff(cuts).tolist()
     if comm.world_size == 1:
         rows_V = torch.from_numpy(ids_U)
-        return Route(rows_V, torch.arange(len(ids_U)), wanted_counts, wanted_counts)
+        return Route(rows_V, torch.arange(len(ids_U)), wanted_counts, wanted_counts, 0)
     asked = torch.empty(comm.world_size, dtype=torch.int64)
     dist.all_to_all_single(asked, torch.tensor(wanted_counts, dtype=torch.int64), group=comm.ahead)
     asked_counts = asked.tolist()
     ids_A = torch.empty(sum(asked_counts), dtype=torch.int64)
     dist.all_to_all_single(ids_A, torch.from_numpy(np.ascontiguousarray(ids_U)), asked_counts, wanted_counts, group=comm.ahead)
     rows_V, asked_A = torch.unique(ids_A - first, sorted=True, return_inverse=True)
-    return Route(rows_V, asked_A, asked_counts, wanted_counts)
+    return Route(rows_V, asked_A, asked_counts, wanted_counts, comm.rank)
 
 
 class Exchange(torch.autograd.Function):

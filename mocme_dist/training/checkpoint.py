@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from mocme_dist.parallel.table import EntityTable
 log = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
+SUPERSEDED = "superseded"
 _TEMPORARY = ".tmp-"
 
 
@@ -71,26 +71,48 @@ def save(
         entries = _write_parts(temporary, table, dense if comm.rank == 0 else {}, comm.rank)
     except (OSError, SafetensorError) as cause:
         error = StorageError(f"{directory}: checkpoint of step {step} could not be written: {cause}")
+    # StorageError alone: a lost peer must not pass for a full disk, which training survives.
     try:
         comm.raise_together(error)
-    except Exception as failed:
+        gathered = comm.gather(entries)
+        if comm.rank == 0:
+            files = {name: entry for part in gathered for name, entry in part.items()}
+            full = {"format": 1, "step": step, "num_rows": table.partition.num_rows, "width": table.width, "optimizer": table.optimizer}
+            try:
+                _commit(temporary, {**full, "table_updates": table.num_updates, "files": files, **manifest})
+                _purge(directory, keep)
+            except (OSError, StorageError) as cause:
+                error = StorageError(f"{directory}: checkpoint of step {step} could not be committed: {cause}")
+        comm.raise_together(error)
+    except StorageError:
         if comm.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(str(failed)) from failed
-    gathered = comm.gather(entries)
-    final = directory / step_name(step)
-    if comm.rank == 0:
-        files = {name: entry for part in gathered for name, entry in part.items()}
-        full = {"format": 1, "step": step, "num_rows": table.partition.num_rows, "width": table.width, "optimizer": table.optimizer}
-        write_json(temporary / MANIFEST, {**full, "table_updates": table.num_updates, "files": files, **manifest})
-        sync(temporary)
-        if final.exists():  # a torn or older one of the same step: the new one is whole
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync(directory)
-        _purge(directory, keep)
-    comm.barrier()
-    return final
+        raise
+    return directory / step_name(step)
+
+
+def _commit(temporary: Path, manifest: dict[str, Any]) -> None:
+    """Manifest, sync, rename: from here on the checkpoint exists."""
+    directory, final = temporary.parent, temporary.parent / step_name(manifest["step"])
+    write_json(temporary / MANIFEST, manifest)
+    sync(temporary)
+    if final.exists():  # a torn one of the same step: the new one is whole
+        _remove(final)
+    temporary.rename(final)
+    sync(directory)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a kill leaves something to sweep and not half a checkpoint."""
+    doomed = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(directory: Path) -> None:
+    """Clear what a killed run left half-written or half-deleted."""
+    for leftover in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_parts(temporary: Path, table: EntityTable, dense: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
@@ -113,8 +135,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def verify(path: Path) -> Saved:
-    """The checkpoint at `path`.
+def verify(path: Path, hashes: bool = True) -> Saved:
+    """The checkpoint at `path`; without `hashes` only that its files are there in their sizes.
 
     Raises:
         CheckpointError: what is wrong with which file: missing, size, hash, or no manifest.
@@ -128,7 +150,7 @@ def verify(path: Path) -> Saved:
                 raise CheckpointError(f"{path.name}: {name} is missing")
             if file.stat().st_size != entry["bytes"]:
                 raise CheckpointError(f"{path.name}: {name} has size {file.stat().st_size}, manifest says {entry['bytes']}")
-            if sha256_file(file) != entry["sha256"]:
+            if hashes and sha256_file(file) != entry["sha256"]:
                 raise CheckpointError(f"{path.name}: {name}: sha256 differs from the manifest's")
         int(manifest["step"])
     except (DataError, KeyError, TypeError, AttributeError) as error:
@@ -141,21 +163,39 @@ def _candidates(directory: Path) -> list[Path]:
 
 
 def _purge(directory: Path, keep: int) -> None:
-    """Keep the `keep` newest whole checkpoints and the best one; clear what a killed run left half-written."""
-    for leftover in directory.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Keep the `keep` newest whole checkpoints and the best one."""
+    sweep(directory)
     whole = []
     for path in _candidates(directory):
         try:
-            manifest = read_json(path / MANIFEST)
-            whole.append((path, manifest.get("metric")))
-        except DataError:
+            whole.append((path, verify(path, hashes=False).manifest.get("metric")))
+        except CheckpointError:
             continue  # torn: kept for the user to look at, and not counted
     scored = [(metric, path) for path, metric in whole if metric is not None]
     best = max(scored, key=lambda pair: pair[0])[1] if scored else None
     for path, _ in whole[keep:]:
         if path != best:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def rewind(directory: Path, resume: str) -> None:
+    """Make the checkpoint that `resume` names ("none" or a step) the newest: newer ones move to `superseded`.
+
+    Left in place they would be newest and best for a run that no longer descends from them.
+
+    Raises:
+        CheckpointError: the named step does not verify; nothing is moved.
+    """
+    start = find(directory, resume)
+    newer = [path for path in _candidates(directory) if start is None or path.name > start.path.name]
+    for path in newer:
+        target = directory / SUPERSEDED / path.name
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            _remove(target)
+        path.rename(target)
+    if newer:
+        log.warning("%d checkpoints after the one to go on from moved to %s", len(newer), directory / SUPERSEDED)
 
 
 def find(directory: Path, resume: str, best: bool = False) -> Saved | None:
@@ -203,8 +243,7 @@ def agree(directory: Path, resume: str, comm: Comm, best: bool = False) -> Saved
     message = comm.broadcast(None if error is None else str(error))
     if message is not None:
         raise CheckpointError(message)
-    found = comm.broadcast(found)
-    return found
+    return comm.broadcast(found)
 
 
 def check_identity(saved: Saved, identity: Mapping[str, Any]) -> None:
@@ -256,7 +295,8 @@ class Saver:
     def __init__(self, directory: Path, keep: int, comm: Comm, max_failures: int = 3) -> None:
         self.directory, self.keep, self.comm, self.max_failures = directory, keep, comm, max_failures
         self.failures = 0
-        self.seconds = 0.0
+        if comm.rank == 0:
+            sweep(directory)
 
     def save(self, step: int, table: EntityTable, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> bool:
         """Whether it is saved; collective.
@@ -264,7 +304,6 @@ class Saver:
         Raises:
             StorageError: the last `max_failures` attempts all failed.
         """
-        start = time.monotonic()
         try:
             save(self.directory, step, table, dense, manifest, self.comm, self.keep)
         except StorageError as error:
@@ -273,5 +312,5 @@ class Saver:
                 raise
             log.warning("training goes on without this checkpoint (%d of %d failures): %s", self.failures, self.max_failures, error)
             return False
-        self.failures, self.seconds = 0, time.monotonic() - start
+        self.failures = 0
         return True

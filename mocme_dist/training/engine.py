@@ -168,13 +168,14 @@ class DeepSpeedEngine:
         # Launchers set it; DeepSpeed asks for it even where there is none and this process is the only rank.
         os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))
         deepspeed = _import_deepspeed()
-        self.stage, self.clip, self.comm = config.stage, clip, comm
-        self.names = {id(p): name for name, p in module.named_parameters()}
+        # DeepSpeed's own optimizer for bf16 at stage 0 shows neither masters nor moments; stage 1 gives equal numbers.
+        self.stage = max(config.stage, 1) if config.bf16 else config.stage
+        self.comm = comm
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip,
-            "zero_optimization": {"stage": config.stage},
+            "zero_optimization": {"stage": self.stage},
             "bf16": {"enabled": config.bf16},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -290,7 +291,9 @@ class DeepSpeedEngine:
         """Give Adam the state that its first step would make: until then DeepSpeed can neither show nor take moments."""
         if self._is_plain():
             return
-        flats = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else [p for g in self.plain.param_groups for p in g["params"]]
+        flats = (
+            self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else [p for g in self.plain.param_groups for p in g["params"]]
+        )
         for flat in flats:
             self.plain.state[flat] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
         if self.stage < 3:

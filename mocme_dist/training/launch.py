@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,25 @@ def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
         MocmeError: of whatever kind ended the workers.
     """
     directory = RunDirectory(config.run.dir)
-    directory.stop_file.unlink(missing_ok=True)
-    with _graceful_stop(directory):
+    if config.launch.mode == "ray":
+        start_ray(config)  # before the signals: joining Ray puts its own handler on SIGTERM
+    if task == "train" and config.run.resume != "auto":
+        # Once and here: workers that are restarted go on from their own newest checkpoint.
+        if not is_follower(config):
+            from mocme_dist.training import checkpoint
+
+            checkpoint.rewind(directory.checkpoints, config.run.resume)
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    with _graceful_stop(directory) if task == "train" else nullcontext():
         if config.launch.mode == "local":
             _tune_process(config)
             return _run_task(config, task, arguments)
         return _launch_ray(config, task, arguments)
+
+
+def is_follower(config: Config) -> bool:
+    """Whether this is a process of torchrun but the first: that one locks, prepares and prints."""
+    return config.launch.mode == "local" and "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def _run_task(config: Config, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -89,14 +104,19 @@ def _graceful_stop(directory: RunDirectory) -> Iterator[None]:
         yield
         return
 
+    asked = False
+
     def handle(number: int, _frame: object) -> None:
-        if directory.stop_file.exists():
+        nonlocal asked
+        if asked:  # by this process: under torchrun another may have made the file
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        asked = True
         log.warning("%s: saving a checkpoint after this step; once more ends at once", signal.Signals(number).name)
         directory.stop_file.touch()
 
+    directory.stop_file.unlink(missing_ok=True)
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -106,43 +126,60 @@ def _graceful_stop(directory: RunDirectory) -> Iterator[None]:
         directory.stop_file.unlink(missing_ok=True)
 
 
-def _launch_ray(config: Config, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def start_ray(config: Config) -> None:
+    """Join or start a Ray that has room for extraction and for training, one after the other.
+
+    Raises:
+        ConfigError: there is no Ray, or not enough of it.
+    """
     from mocme_dist.cluster import connect_ray
 
-    launch_config, directory = config.launch, RunDirectory(config.run.dir)
     # Health is polled this often: a dead worker is noticed within a second, a hung one within half a minute.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30")
-    connect_ray(min_cpus=int(launch_config.workers * launch_config.cpus_per_worker) or 1)
+    training, extraction = config.launch, config.encoders
+    cpus = max(training.workers * training.cpus_per_worker, extraction.actors * extraction.cpus_per_actor)
+    connect_ray(min_cpus=math.ceil(cpus))
     _check_resources(config)
+
+
+def _launch_ray(config: Config, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    launch_config, directory = config.launch, RunDirectory(config.run.dir)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     # Ray's own record of the run is not ours: each launch gets a name of its own, so an older record cannot block it.
     name = f"{task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    outcome = directory.path / "ray" / f"{name}.json"
     use_gpu = launch_config.gpus_per_worker > 0
     resources = {"CPU": launch_config.cpus_per_worker} | ({"GPU": launch_config.gpus_per_worker} if use_gpu else {})
     trainer = TorchTrainer(
         _ray_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "task": task, "arguments": arguments},
+        train_loop_config={"config": config.model_dump(mode="json"), "task": task, "arguments": arguments, "outcome": str(outcome)},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=launch_config.timeout_s),
         scaling_config=ScalingConfig(num_workers=launch_config.workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=name, storage_path=str(directory.path / "ray"), failure_config=FailureConfig(max_failures=launch_config.max_failures)
         ),
     )
-    outcome = directory.path / "outcome.json"
-    outcome.unlink(missing_ok=True)
+    failure: Exception | None = None
     try:
-        trainer.fit()
+        # Not on the main thread: there Ray would take SIGINT for itself and abort without a checkpoint.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(trainer.fit).result()
     except Exception as error:
-        raise RankError(
-            f"the workers failed {launch_config.max_failures + 1} times: {_first_cause(error)}; see {directory.path / 'ray'}"
-        ) from error
-    result = read_json(outcome)
+        failure = error
+    # One rank may know why while the others only lost it: what it wrote says more than what Ray saw.
+    result = read_json(outcome) if outcome.exists() else {}
     outcome.unlink(missing_ok=True)
     if "error" in result:
         raise _KINDS[result["kind"]](result["error"])
+    if failure is not None:
+        raise RankError(
+            f"the workers failed {launch_config.max_failures + 1} times: {_first_cause(failure)}; see {directory.path / 'ray'}"
+        ) from failure
+    if "report" not in result:
+        raise RankError(f"the workers ended without a report; see {directory.path / 'ray'}")
     return dict(result["report"])
 
 
@@ -178,8 +215,7 @@ def _ray_worker(payload: dict[str, Any]) -> None:
     config = parse_config(payload["config"])
     _tune_process(config)
     rank = int(os.environ["RANK"])
-    outcome = RunDirectory(config.run.dir).path / "outcome.json"
-    _run_and_write(lambda: _run_task(config, payload["task"], payload["arguments"]), outcome, rank)
+    _run_and_write(lambda: _run_task(config, payload["task"], payload["arguments"]), Path(payload["outcome"]), rank)
 
 
 def _run_and_write(run: Callable[[], dict[str, Any]], outcome: Path, rank: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,22 +15,26 @@ from typing import Any
 
 import numpy as np
 
+from mocme_dist.data.files import write_bytes
+
 log = logging.getLogger(__name__)
 
 
 class RunLog:
     """Rank 0's writer; the other ranks make one with `active=False` and call the same methods."""
 
-    def __init__(self, curve: Path, tensorboard: Path, active: bool, purge_step: int | None) -> None:
-        self.active, self.curve, self._writer = active, curve, None
-        if active:
-            # Steps after the checkpoint will be run again: their old lines must not stand twice.
-            _truncate_curve(curve, purge_step)
-            self._guard(lambda: self._open(tensorboard, purge_step))
+    def __init__(self, curve: Path, tensorboard: Path, active: bool, step: int) -> None:
+        """Go on after `step`: steps behind it will be run again, and their old lines must not stand twice."""
+        self.active, self.curve = active, curve
+        self._writer: Any = None
+        self._guard(lambda: self._open(tensorboard, step))
 
-    def _open(self, tensorboard: Path, purge_step: int | None) -> None:
+    def _open(self, tensorboard: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _truncate_curve(self.curve, step)
+        # TensorBoard drops what stands at purge_step and behind it.
+        purge_step = step + 1 if tensorboard.exists() else None
         self._writer = SummaryWriter(str(tensorboard), purge_step=purge_step, flush_secs=20)
 
     def _guard(self, write: Callable[[], None]) -> None:
@@ -43,33 +48,39 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Curves at `step`."""
-        self._guard(lambda: [self._writer.add_scalar(name, value, step) for name, value in values.items()])  # type: ignore[union-attr, func-returns-value]
+
+        def write() -> None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+        self._guard(write)
 
     def line(self, values: Mapping[str, Any]) -> None:
-        """One object appended to metrics.jsonl."""
+        """One object appended to metrics.jsonl; what is not finite becomes null, as JSON has no NaN."""
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
         def write() -> None:
             with self.curve.open("a", encoding="utf8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
 
         self._guard(write)
 
     def heat_map(self, name: str, step: int, value: np.ndarray, peak: float) -> None:
         """A square matrix as a picture: 0 is white, `peak` and above is dark blue, a missing value (NaN) is grey."""
-        self._guard(lambda: self._writer.add_image(name, heat_map(value, peak), step, dataformats="HWC"))  # type: ignore[union-attr]
+        self._guard(lambda: self._writer.add_image(name, heat_map(value, peak), step, dataformats="HWC"))
 
     def hyper_parameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The HParams tab: settings with final metrics."""
         plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()}
-        self._guard(lambda: self._writer.add_hparams(plain, dict(metrics), run_name="."))  # type: ignore[union-attr]
+        self._guard(lambda: self._writer.add_hparams(plain, dict(metrics), run_name="."))
 
     def flush(self) -> None:
         """Bring everything to disk."""
-        self._guard(lambda: self._writer.flush())  # type: ignore[union-attr]
+        self._guard(lambda: self._writer.flush())
 
     def close(self) -> None:
         """Flush and end the writer's thread."""
-        self._guard(lambda: self._writer.close())  # type: ignore[union-attr]
+        self._guard(lambda: self._writer.close())
 
 
 def heat_map(value: np.ndarray, peak: float, cell: int = 32) -> np.ndarray:
@@ -80,20 +91,16 @@ def heat_map(value: np.ndarray, peak: float, cell: int = 32) -> np.ndarray:
     return np.repeat(np.repeat(colour.astype(np.uint8), cell, 0), cell, 1)
 
 
-def _truncate_curve(curve: Path, purge_step: int | None) -> None:
-    if not curve.exists():
-        return
-    if purge_step is None:
-        curve.unlink()
-        return
-    kept = [line for line in curve.read_text(encoding="utf8").splitlines() if _step_of(line) <= purge_step]
-    curve.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+def _truncate_curve(curve: Path, step: int) -> None:
+    if curve.exists():
+        kept = [line for line in curve.read_text(encoding="utf8").splitlines() if _step_of(line) <= step]
+        write_bytes(curve, "".join(line + "\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:
     try:
-        return float(json.loads(line).get("step", 0))
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # a line that a kill cut short
 
 

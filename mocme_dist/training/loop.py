@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from mocme_dist.batching.loader import Prefetcher
+from mocme_dist.batching.sampler import key64
 from mocme_dist.config import Config
 from mocme_dist.data.files import write_json
 from mocme_dist.errors import CheckpointError, DivergedError, Preempted
@@ -82,8 +84,9 @@ class Training:
         self.best_mrr, self.bad_evaluations, self.nonfinite = -math.inf, 0, 0
         self.step = self._resume()
         self.saved_step = self.step
-        purge = self.step if self.step else None
-        self.log = RunLog(directory.curve, directory.tensorboard, self.comm.rank == 0, purge)
+        if self.comm.rank == 0:
+            directory.write_config(config)  # now that the checkpoint has accepted these settings
+        self.log = RunLog(directory.curve, directory.tensorboard, self.comm.rank == 0, self.step)
         self.monitor = Monitor(worker, self.log, config, self.last_step, self.step)
 
     def _resume(self) -> int:
@@ -110,6 +113,7 @@ class Training:
                 with self.worker.timer.phase("lookup"):
                     rows_VD = self.worker.table.gather(route.rows_V)
                     entities = self.worker.inputs(route.rows_V, rows_VD)
+                self._seed_dropout()
                 result = train_step(
                     self.worker.engine,
                     self.worker.table,
@@ -127,6 +131,11 @@ class Training:
                 self.monitor.record(self.step, result, route)
                 self._check_finite(result.skipped, batch.ids_U)
                 self._after_step(result.stop)
+
+    def _seed_dropout(self) -> None:
+        """Make what dropout draws a function of seed, step and rank, so that a resumed run draws the same."""
+        if self.config.projection.dropout or self.config.experts.dropout:
+            torch.manual_seed(int(key64(self.config.train.seed, 3, self.step, self.comm.rank) >> np.uint64(1)))
 
     def _check_finite(self, skipped: bool, ids_U: np.ndarray) -> None:
         self.nonfinite = self.nonfinite + 1 if skipped else 0
@@ -147,7 +156,8 @@ class Training:
         if within == 0 and (epoch % train.eval_every == 0 or at_end):
             metric = self._evaluate(epoch)
         improved = metric is not None and metric >= self.best_mrr
-        if stop or improved or at_end or (within == 0 and epoch % train.checkpoint_every == 0):
+        given_up = bool(train.patience) and self.bad_evaluations >= train.patience
+        if stop or improved or at_end or given_up or (within == 0 and epoch % train.checkpoint_every == 0):
             self._save(metric)
         if stop and not at_end:
             raise Preempted(f"stopped at step {self.step} of {self.last_step}; checkpoint saved; run the same command to go on")

@@ -7,6 +7,7 @@ step), fusion/ (every expert's and modality's weight), information/ (heat maps i
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -45,7 +46,7 @@ class Monitor:
             f"{w.dataset.num_entities:,} entities, {w.dataset.num_relations} relations, {len(w.dataset.triples('train')):,} triples; "
             f"modalities {', '.join(w.modalities)}; K {c.experts.num_experts}, D {c.experts.width}, {dense / 1e6:.1f} M dense parameters; "
             f"{steps_per_epoch} steps an epoch, {c.train.epochs} epochs; {w.comm.world_size} rank(s) on {w.comm.device.type}, "
-            f"{type(w.engine).__name__}{f' ZeRO-{c.deepspeed.stage}' if hasattr(w.engine, 'stage') else ''}, "
+            f"{type(w.engine).__name__}{f' ZeRO-{w.engine.stage}' if hasattr(w.engine, 'stage') else ''}, "
             f"loss {'compiled' if w.compiled else 'plain'}"
         )
 
@@ -61,7 +62,7 @@ class Monitor:
         else:
             self.sums += result.sums.cpu()
         self.sent_vectors += route.sent_vectors
-        queries = max(float(self.sums[STAT_NAMES.index("queries")]), 1.0)
+        queries = float(self.sums[STAT_NAMES.index("queries")]) or math.nan  # all skipped: no figure, and not zero
         loss = float(self.sums[0]) / queries
         self.progress(step, f"loss {loss:.4f}")
         if (step - self.first_step) % self.config.train.log_every == 0 and self.rank0:
@@ -86,7 +87,7 @@ class Monitor:
             "train/loss_negative": named["negative"] / queries,
             "train/loss_mine": named["mine_loss"] / self.worker.comm.world_size / steps,
             "train/positive_score": named["positive_score"] / queries,
-            "train/queries_per_s": queries / elapsed,
+            "train/queries_per_s": named["queries"] / elapsed,
             "train/gradient_norm_dense": self.worker.engine.gradient_norm(),
             "train/gradient_norm_rows": result.row_gradient_norm,
             "train/skipped_steps": float(self.total_skipped),

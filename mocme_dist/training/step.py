@@ -6,6 +6,7 @@ a gradient; the table applies it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from mocme_dist.model.mocme import MoCME
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.exchange import Route, exchange
 from mocme_dist.parallel.table import EntityTable
-from mocme_dist.training.engine import Engine
+from mocme_dist.training.engine import Engine, buffers_of
 
 
 class PhaseTimer:
@@ -118,26 +119,34 @@ def train_step(
     timer: PhaseTimer,
 ) -> StepResult:
     """Forward, agree that all is finite, backward, update. Nothing moves on any rank when anything is not finite."""
+    # Moving averages follow the forward pass: one bad step would stay in them for ever.
+    averages = {name: value.clone() for name, value in buffers_of(engine.module).items()}
+
+    def skipped(norm: float) -> StepResult:
+        with torch.no_grad():
+            for name, value in buffers_of(engine.module).items():
+                value.copy_(averages[name])
+        return StepResult(sums, fused, True, stopping, norm)
+
     with timer.phase("compute"):
         loss, stats, fused = engine(entities, route, batch, estimate)
         sums = comm.sum(pack_stats(stats, fused.loss, stop))
         finite = bool(torch.isfinite(sums).all())
         stopping = bool(sums[STAT_NAMES.index("stop")] > 0)
         if not finite:
-            return StepResult(sums, fused, True, stopping, 0.0)
+            return skipped(math.nan)
         engine.backward(loss)
     with timer.phase("update"):
         # Rows got the sum over ranks of gradients that were multiplied by the world size; see StepModule.
         grad_VD = rows_VD.grad if rows_VD.grad is not None else torch.zeros_like(rows_VD)
         grad_VD = grad_VD / comm.world_size
-        square = comm.sum(grad_VD.double().square().sum())
-        finite = engine.gradients_finite() and bool(torch.isfinite(square))
-        if comm.any(not finite):
-            engine.zero_grad()
-            return StepResult(sums, fused, True, stopping, float("nan"))
-        norm = float(square.sqrt())
+        norm = math.sqrt(float(comm.sum(grad_VD.double().square().sum())))
+        if not math.isfinite(norm):
+            engine.skip()
+            return skipped(norm)
+        if not engine.step():
+            return skipped(norm)
         if clip and norm > clip:
             grad_VD = grad_VD * (clip / norm)
-        engine.step()
         table.update(route.rows_V, grad_VD)
     return StepResult(sums, fused, False, stopping, norm)

@@ -21,7 +21,7 @@ from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.config import Config
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore
-from mocme_dist.errors import ConfigError, DataError
+from mocme_dist.errors import ConfigError, DataError, DivergedError
 from mocme_dist.evaluation.metrics import report
 from mocme_dist.evaluation.protocol import split_queries
 from mocme_dist.evaluation.ranking import RowShard, rank_queries
@@ -213,13 +213,20 @@ class Worker:
         Args:
             limit: evaluate a fixed sample of so many queries; 0 takes all.
             show: write progress lines.
+
+        Raises:
+            DivergedError: an entity's vector is not finite.
         """
         queries = split_queries(self.dataset.triples(split), limit)
         progress = Progress(f"evaluate {split}", len(queries.source), show and self.comm.rank == 0)
+        shard = self.encode_rows()
+        if self.comm.any(not bool(torch.isfinite(shard.z_rD).all())):
+            # Nothing is nearer than NaN: the ranks would all be 1.
+            raise DivergedError("the entities' vectors are not finite; lower train.learning_rate or entities.learning_rate")
         ranks = rank_queries(
             queries,
             self.model.relations,
-            self.encode_rows(),
+            shard,
             self.dataset.known("all"),
             self.comm,
             query_block=self.config.evaluation.query_block,

@@ -1,0 +1,165 @@
+"""Configuration: what a file may say, what it means, and that every mistake is named at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mocme_dist.config import Config, dump_config, load_config
+from mocme_dist.config.load import parse_config
+from mocme_dist.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf8")
+    return path
+
+
+def mistakes(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], overrides)
+    return str(caught.value)
+
+
+def test_defaults_are_valid_and_the_papers():
+    config = load_config()
+    assert config == Config()
+    assert (config.experts.width, config.experts.num_experts, config.train.batch_size, config.train.epochs) == (256, 3, 1024, 1000)
+    n = config.negatives
+    assert (n.easy_below, n.hard_from, n.weight_easy, n.weight_ambiguous, n.weight_hard) == (0.2, 0.8, 0.5, 1.0, 2.0)
+
+
+def test_files_apply_left_to_right_and_overrides_last(tmp_path):
+    first = write(tmp_path / "a.yaml", "train: {epochs: 3, batch_size: 256}\nexperts: {width: 8}\n")
+    second = write(tmp_path / "b.yaml", "train:\n  epochs: 4\nmodalities: [structure, text]\n")
+    config = load_config([first, second], ["experts.width=16", "train.seed=5", "train.seed=6"])
+    assert (config.train.epochs, config.train.batch_size, config.experts.width, config.train.seed) == (4, 256, 16, 6)
+    assert config.modalities == ("structure", "text")
+    assert load_config([second, first]).train.epochs == 3
+
+
+def test_empty_files_and_empty_sections_change_nothing(tmp_path):
+    assert load_config([write(tmp_path / "a.yaml", ""), write(tmp_path / "b.yaml", "train:\n  # epochs: 3\nrun:\n")]) == Config()
+
+
+@pytest.mark.parametrize(
+    "text, number", [("1e-4", 1e-4), ("1E+2", 100.0), ("1.5e-3", 0.0015), (".5", 0.5), ("2.", 2.0), ("3", 3.0), ("1_000", 1000.0)]
+)
+def test_numbers_are_read_as_people_write_them(tmp_path, text, number):
+    config = load_config([write(tmp_path / "a.yaml", f"train: {{learning_rate: {text}}}\n")], [f"entities.learning_rate={text}"])
+    assert (config.train.learning_rate, config.entities.learning_rate) == (number, number)
+
+
+@pytest.mark.parametrize("text", ["no", "yes", "off", "012", "00.5", "12:30", "12:30:00", "2024-01-01", "0x1f", "1.2.3", "Null", "1e"])
+def test_what_looks_like_text_stays_text(tmp_path, text):
+    file = write(tmp_path / "a.yaml", f"run: {{dir: {text}}}\n")
+    assert load_config([file]).run.dir == text
+    assert load_config([], [f"run.dir={text}"]).run.dir == text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("train: {epochs: 3}\nexperts: {width: 8}\ntrain: {seed: 1}\n", r"a\.yaml:3: key 'train' was given on line 1 already"),
+        ("train:\n  epochs: 3\n  epochs: 4\n", r"a\.yaml:3: key 'epochs' was given on line 2 already"),
+        ("train: {epochs: 3\n", r"a\.yaml:2: not YAML"),
+        ("train: !!python/object/apply:os.system ['true']\n", r"a\.yaml:1: not YAML"),
+        ("- train\n", r"a\.yaml: expected sections of keys, got list"),
+        ("? [a, b]\n: 3\n", r"a\.yaml:1: expected a name as the key"),
+    ],
+)
+def test_malformed_files_are_named_with_the_line(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([write(tmp_path / "a.yaml", text)])
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: configuration file cannot be read: No such file"):
+        load_config([tmp_path / "none.yaml"])
+    (tmp_path / "latin.yaml").write_bytes(b"run: {dir: caf\xe9}\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: configuration file is not UTF-8 at byte 14"):
+        load_config([tmp_path / "latin.yaml"])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.gradient_cliping=1", "train.gradient_cliping: unknown key; did you mean gradient_clipping?"),
+        ("trian.epochs=1", "trian: unknown key; did you mean train?"),
+        ("encoders.text.modle=x", "encoders.text.modle: unknown key; did you mean model?"),
+        ("rotate.zzz=1", "rotate.zzz: unknown key; known keys here: gamma"),
+        ("train.epochs=many", "train.epochs: Input should be a valid integer"),
+        ("train.epochs=2.5", "train.epochs: Input should be a valid integer"),
+        ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1, got 0"),
+        ("train.learning_rate=0", "train.learning_rate: Input should be greater than 0, got 0"),
+        ("train.learning_rate=nan", "train.learning_rate: Input should be a finite number"),
+        ("train.batch_size=0", "train.batch_size: Input should be greater than or equal to 1, got 0"),
+        ("train.batch_size=100", "train.batch_size 100 is not a multiple of negatives.chunk_size 128"),
+        ("train.num_to_keep=1", "train.num_to_keep: Input should be greater than or equal to 2, got 1"),
+        ("launch.workers=0", "launch.workers: Input should be greater than or equal to 1, got 0"),
+        ("fusion.temperature=0", "fusion.temperature: Input should be greater than 0, got 0"),
+        ("experts.dropout=1.5", "experts.dropout: Input should be less than 1, got 1.5"),
+        ("experts.width=7", "experts.width: Input should be a multiple of 2, got 7"),
+        ("deepspeed.stage=4", "deepspeed.stage: Input should be 0, 1, 2 or 3, got 4"),
+        ("fusion.estimator=magic", "fusion.estimator: Input should be 'mine', 'cosine', 'uniform' or 'attention', got 'magic'"),
+        ("negatives.easy_below=0.9", "negatives: easy_below 0.9 lies above hard_from 0.8"),
+        ("data.dev=cut:2", "data.dev: expected 'file' or 'cut:F' with 0 < F < 1, as in cut:0.1, got 'cut:2'"),
+        ("run.resume=last", "run.resume: String should match pattern"),
+        ("modalities=[structure, txt]", "modalities: expected auto or a list of structure, text, image, numeric; wrong here: 'txt'"),
+        ("modalities=[text, text]", "modalities names one twice: text, text"),
+        ("modalities=[]", "modalities is empty"),
+        ("train=5", "train: Input should be a valid dictionary"),
+        ("train", "--set train: expected key.path=value, as in --set experts.width=512"),
+        ("train.epochs=[1", "--set train.epochs:1: not YAML"),
+    ],
+)
+def test_every_mistake_says_where_what_and_what_was_expected(override, message):
+    text = mistakes(override)
+    assert message in text and "\n" not in text
+
+
+def test_all_mistakes_come_in_one_message():
+    text = mistakes("train.gradient_cliping=1", "train.epochs=0", "experts.width=7", "modalities=[txt]", "compile=maybe")
+    for key in ("train.gradient_cliping", "train.epochs", "experts.width", "modalities", "compile"):
+        assert text.count(f"{key}: ") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["1e3", "012", "no", "true", "null", "~", "12:30", "a: b", "  x ", "é#1", "-", "1_000", "2024-01-01", ".5"]
+)
+def test_a_dumped_configuration_loads_back_equal(tmp_path, name):
+    overrides = [
+        "modalities=[text, structure]",
+        "train.learning_rate=1e-16",
+        "entities.learning_rate=3e20",
+        "data.raw='no'",
+        "run.resume='0040'",
+    ]
+    config = load_config([], overrides)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
+    text = dump_config(config)
+    assert load_config([write(tmp_path / "c.yaml", text)]) == config
+    assert dump_config(load_config([tmp_path / "c.yaml"])) == text
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_dumps(file, tmp_path):
+    config = load_config([file])
+    assert load_config([write(tmp_path / "c.yaml", dump_config(config))]) == config
+
+
+def test_every_field_is_documented():
+    def fields(model, path):
+        for name, field in model.model_fields.items():
+            nested = field.annotation if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields") else None
+            if nested is None:
+                yield f"{path}{name}", field.description
+            else:
+                assert nested.__doc__, name
+                yield from fields(nested, f"{path}{name}.")
+
+    assert [name for name, description in fields(Config, "") if not description] == []

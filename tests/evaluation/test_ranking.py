@@ -1,0 +1,158 @@
+"""Counted ranks against brute force, bit for bit at every world size; and what must not become a good rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from graphs import D, E, R, brute_force, graph, vectors
+
+from mocme_dist.data.known import KnownAnswers
+from mocme_dist.evaluation.protocol import split_queries
+from mocme_dist.evaluation.ranking import Queries, RowShard, rank_queries
+from mocme_dist.parallel.comm import Comm
+from mocme_dist.partition import RowPartition
+
+
+class Alone:
+    """What ranking needs of a `Comm` of one rank."""
+
+    world_size, rank = 1, 0
+
+    @staticmethod
+    def sum(value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+
+def rank_alone(queries: Queries, known: KnownAnswers, z_ED: torch.Tensor, phase_RC: torch.Tensor, **settings: object) -> np.ndarray:
+    return rank_queries(queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, Alone(), **settings)
+
+
+@pytest.mark.parametrize(("query_block", "tile_rows"), [(7, 17), (80, 53), (256, 1024), (16, 16), (1, 52), (100, 20)])
+def test_ranks_equal_brute_force(query_block, tile_rows):
+    test, known = graph()
+    queries = split_queries(test)
+    z_ED, phase_RC = vectors()
+    found = rank_alone(queries, known, z_ED, phase_RC, query_block=query_block, tile_rows=tile_rows)
+    expected = brute_force(queries, known, z_ED, phase_RC)
+    assert found.dtype == np.float64
+    assert np.array_equal(found, expected)
+
+
+def test_the_graph_has_ties_and_several_answers():
+    """What the parity rests on: halves among the ranks, targets among equals, filters of more than one answer."""
+    test, known = graph()
+    queries = split_queries(test)
+    expected = brute_force(queries, known, *vectors())
+    assert (expected % 1 == 0.5).any()
+    offsets, _ = known.lookup(queries.source, queries.relation, queries.direction)
+    assert (np.diff(offsets) > 3).any()
+    unfiltered = brute_force(queries, KnownAnswers.build(np.zeros((0, 3), np.int64), R), *vectors())
+    assert (unfiltered > expected).any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_equal_brute_force_on_other_graphs(seed):
+    test, known = graph(seed + 1)
+    queries, (z_ED, phase_RC) = split_queries(test), vectors(seed + 1)
+    found = rank_alone(queries, known, z_ED, phase_RC, query_block=16, tile_rows=24)
+    assert np.array_equal(found, brute_force(queries, known, z_ED, phase_RC))
+
+
+def rank_shard(comm: Comm, tile_rows: int, compiled: bool, num_rows: int) -> np.ndarray:
+    test, known = graph()
+    queries = split_queries(test[(test[:, 0] < num_rows) & (test[:, 2] < num_rows)])
+    z_ED, phase_RC = vectors()
+    first, last = RowPartition(num_rows, comm.world_size).bounds(comm.rank)
+    phase_of = lambda relation: phase_RC[relation]  # noqa: E731
+    shard = RowShard(z_ED[first:last], first)
+    return rank_queries(queries, phase_of, shard, known, comm, query_block=16, tile_rows=tile_rows, compiled=compiled)
+
+
+def test_ranks_are_the_same_bit_for_bit_at_every_world_size(run_ranks):
+    test, known = graph()
+    expected = brute_force(split_queries(test), known, *vectors())
+    for world in (1, 2, 3):
+        for found in run_ranks(world, rank_shard, 17, False, E):
+            assert np.array_equal(found, expected)
+
+
+def test_ranks_without_rows_take_part(run_ranks):
+    """Five entities on three ranks in tiles of 16, then one entity, so that two ranks hold nothing."""
+    for num_rows in (5, 1):
+        (alone,) = run_ranks(1, rank_shard, 16, False, num_rows)
+        for found in run_ranks(3, rank_shard, 16, False, num_rows):
+            assert np.array_equal(found, alone)
+        assert (alone <= num_rows).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_compiled_ranks_equal_brute_force_at_every_world_size(run_ranks, world):
+    """21 rows a tile divide neither 53 nor a rank's 18 or 27 rows, and a vector register's lanes do not divide 21."""
+    test, known = graph()
+    expected = brute_force(split_queries(test), known, *vectors())
+    for found in run_ranks(world, rank_shard, 21, True, E):
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.slow
+def test_equal_vectors_tie_in_the_compiled_kernel_wherever_they_stand():
+    """All entities are copies of two vectors: one last digit between two places would break a tie."""
+    gen = torch.Generator().manual_seed(0)
+    kinds = torch.randn(2, 2 * 37, generator=gen)
+    z_ED, phase_RC = kinds[torch.arange(101) % 2], torch.rand(1, 37, generator=gen)
+    triples = np.stack([np.arange(60), np.zeros(60, np.int64), np.arange(60) + 41], 1)
+    none = KnownAnswers.build(np.zeros((0, 3), np.int64), 1)
+    found = rank_alone(split_queries(triples), none, z_ED, phase_RC, query_block=16, tile_rows=37, compiled=True)
+    # 51 even ids and 50 odd ones: a target is in the middle of its own kind, before or behind the other.
+    assert set(found) <= {26.0, 25.5, 76.0, 76.5}
+
+
+def test_all_equal_vectors_give_the_mean_rank():
+    test, known = graph()
+    queries = split_queries(test)
+    found = rank_alone(queries, known, torch.ones(E, D), torch.zeros(R, D // 2), query_block=16, tile_rows=20)
+    offsets, _ = known.lookup(queries.source, queries.relation, queries.direction)
+    # Every target is among its known answers; the others leave, and it stands in the middle of what is left.
+    left = E - (np.diff(offsets) - 1)
+    assert np.array_equal(found, (1 + left) / 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_vectors_that_are_not_finite_give_no_good_rank(bad):
+    """A model that has diverged must not look perfect: a target without a distance is last."""
+    test, known = graph()
+    queries, (z_ED, phase_RC) = split_queries(test), vectors()
+    everything = rank_alone(queries, known, torch.full((E, D), float("nan")), phase_RC, query_block=16, tile_rows=20)
+    offsets, _ = known.lookup(queries.source, queries.relation, queries.direction)
+    assert np.array_equal(everything, E - (np.diff(offsets) - 1.0))
+    z_ED[queries.target[0]] = bad
+    found = rank_alone(queries, known, z_ED, phase_RC, query_block=16, tile_rows=20)
+    assert found[0] == E - (np.diff(offsets)[0] - 1)
+
+
+def test_progress_counts_queries_and_no_queries_give_no_ranks():
+    test, known = graph()
+    z_ED, phase_RC = vectors()
+    seen = []
+    rank_alone(split_queries(test), known, z_ED, phase_RC, query_block=32, progress=lambda *at: seen.append(at))
+    assert seen == [(32, 80), (64, 80), (80, 80)]
+    assert rank_alone(split_queries(test[:0]), known, z_ED, phase_RC).shape == (0,)
+
+
+def test_both_directions_and_samples_of_them():
+    triples = np.array([[1, 0, 2], [3, 1, 4], [5, 1, 6]])
+    queries = split_queries(triples)
+    assert queries.source.tolist() == [1, 2, 3, 4, 5, 6]
+    assert queries.target.tolist() == [2, 1, 4, 3, 6, 5]
+    assert queries.relation.tolist() == [0, 0, 1, 1, 1, 1]
+    assert queries.direction.tolist() == [0, 1] * 3
+    many = np.stack([np.arange(500), np.zeros(500, np.int64), np.arange(500) + 1], 1)
+    sample, again = split_queries(many, 60), split_queries(many, 60)
+    assert len(sample.source) == 60
+    assert all(np.array_equal(one, other) for one, other in zip(sample, again, strict=True))
+    assert np.array_equal(sample.source[::2], sample.target[1::2])
+    assert len(np.unique(sample.source[::2])) == 30
+    assert len(split_queries(many, 1000).source) == len(split_queries(many, 0).source) == 1000
+    assert len(split_queries(many, 1).source) == 2

@@ -1,0 +1,116 @@
+"""Batched experts against a loop of plain networks, values and gradients; projections against plain layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mocme_dist.errors import ShapeError
+from mocme_dist.model.experts import Experts
+from mocme_dist.model.projection import Projection, Projections
+
+M, K, U, D = 2, 3, 7, 6
+
+
+def experts(residual: bool, dropout: float = 0.0) -> Experts:
+    module = Experts(M, K, D, dropout, residual, torch.Generator().manual_seed(0)).double()
+    gen = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # biases start at 0 and would hide a mistake in their place
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=gen, dtype=torch.float64) * 0.3)
+    return module
+
+
+def twin(module: Experts, m: int, k: int) -> nn.Sequential:
+    """Expert k of modality m as a plain pair of layers with the same weights."""
+    first, second = nn.Linear(D, D).double(), nn.Linear(D, D).double()
+    with torch.no_grad():
+        first.weight.copy_(module.first_MDH[m, :, k * D : (k + 1) * D].T)
+        first.bias.copy_(module.first_bias_MH[m, k * D : (k + 1) * D])
+        second.weight.copy_(module.second_LDD[m * K + k].T)
+        second.bias.copy_(module.second_bias_LD[m * K + k])
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("rows", [U, 1, 0])
+def test_batched_experts_equal_a_loop_of_networks(residual, rows):
+    module = experts(residual)
+    gen = torch.Generator().manual_seed(2)
+    x_MUD = torch.randn(M, rows, D, generator=gen, dtype=torch.float64).requires_grad_()
+    slope = torch.randn(M, K, rows, D, generator=gen, dtype=torch.float64)
+    views = module(x_MUD)
+    (views * slope).sum().backward()
+
+    x_twin = x_MUD.detach().clone().requires_grad_()
+    twins = [[twin(module, m, k) for k in range(K)] for m in range(M)]
+    for m in range(M):
+        for k in range(K):
+            expected = twins[m][k](x_twin[m]) + (x_twin[m] if residual else 0)
+            torch.testing.assert_close(views[m, k], expected)
+            (expected * slope[m, k]).sum().backward()
+    torch.testing.assert_close(x_MUD.grad, x_twin.grad)
+    for m in range(M):
+        for k in range(K):
+            first, _, second = twins[m][k]
+            columns = slice(k * D, (k + 1) * D)
+            torch.testing.assert_close(module.first_MDH.grad[m, :, columns].T, first.weight.grad)
+            torch.testing.assert_close(module.first_bias_MH.grad[m, columns], first.bias.grad)
+            torch.testing.assert_close(module.second_LDD.grad[m * K + k].T, second.weight.grad)
+            torch.testing.assert_close(module.second_bias_LD.grad[m * K + k], second.bias.grad)
+
+
+def test_residual_experts_start_as_the_identity_and_plain_ones_apart():
+    x_MUD = torch.randn(M, U, D, generator=torch.Generator().manual_seed(0))
+    start = Experts(M, K, D, 0.0, True, torch.Generator().manual_seed(0))
+    assert torch.equal(start(x_MUD), x_MUD[:, None].expand(M, K, U, D))
+    start = Experts(M, K, D, 0.0, False, torch.Generator().manual_seed(0))
+    views = start(x_MUD)
+    assert not torch.allclose(views[:, 0], views[:, 1])
+
+
+def test_views_keep_the_scale_of_their_inputs():
+    width = 128
+    module = Experts(1, 2, width, 0.0, False, torch.Generator().manual_seed(0))
+    views = module(torch.randn(1, 400, width, generator=torch.Generator().manual_seed(1)))
+    assert views.std().item() == pytest.approx(1.0, rel=0.1)
+
+
+def test_dropout_acts_in_training_only():
+    module = experts(False, dropout=0.5)
+    x_MUD = torch.ones(M, U, D, dtype=torch.float64)
+    torch.manual_seed(0)
+    assert not torch.equal(module(x_MUD)[:, :, 0], module(x_MUD)[:, :, 1])
+    module.eval()
+    assert torch.equal(module(x_MUD), module(x_MUD))
+
+
+def test_experts_refuse_other_shapes():
+    with pytest.raises(ShapeError, match=r"x_MUD is \(3, 7, 6\), expected M and D of \(2, 6\)"):
+        experts(False)(torch.zeros(3, U, D))
+
+
+def test_a_projection_is_two_layers_on_standardised_features():
+    projection = Projection(5, 9, 4, 0.0)
+    raw = torch.randn(30, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100, 0.01, 3, 0]) + 7
+    mean, std = raw.mean(0), raw.std(0, correction=0)
+    projection.set_statistics(mean, std)
+    standard = (raw - mean) / torch.where(std > 1e-6, std, 1.0)
+    torch.testing.assert_close(standard[:, :4].std(0, correction=0), torch.ones(4))
+    assert (standard[:, 4] == 0).all()
+    expected = nn.functional.linear(standard, projection.first.weight, projection.first.bias).relu()
+    expected = nn.functional.linear(expected, projection.second.weight, projection.second.bias)
+    torch.testing.assert_close(projection(raw), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_projections_keep_the_order_of_modalities_and_may_pass_structure_through():
+    raw = {"structure": torch.randn(6, 4), "text": torch.randn(6, 3)}
+    widths = {name: value.shape[1] for name, value in raw.items()}
+    through = Projections(widths, 5, 4, 0.0, "identity")
+    stacked = through(raw)
+    assert torch.equal(stacked[0], raw["structure"])
+    assert torch.equal(stacked[1], through.by_modality["text"](raw["text"]))
+    assert not any("structure" in name for name, _ in through.named_parameters())
+    both = Projections(widths, 5, 4, 0.0, "mlp")
+    assert torch.equal(both({"text": raw["text"], "structure": raw["structure"]})[0], both.by_modality["structure"](raw["structure"]))

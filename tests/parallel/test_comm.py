@@ -1,0 +1,93 @@
+"""Ranks agree: sums, flags, objects and errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mocme_dist.errors import DataError, RankError
+from mocme_dist.parallel.comm import Comm, communication
+
+
+def check_collectives(comm: Comm) -> None:
+    mine = torch.arange(3.0, dtype=torch.float64, requires_grad=True) + comm.rank
+    total = comm.sum(mine)
+    expected = sum(torch.arange(3.0, dtype=torch.float64) + rank for rank in range(comm.world_size))
+    assert torch.equal(total, expected)
+    assert not total.requires_grad
+    assert total.data_ptr() != mine.data_ptr()
+    assert comm.gather({"rank": comm.rank}) == [{"rank": rank} for rank in range(comm.world_size)]
+    assert comm.broadcast(f"from {comm.rank}") == "from 0"
+    last = comm.world_size - 1
+    assert comm.any(comm.rank == last) is True
+    assert comm.any(False) is False
+    comm.barrier()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_collectives_agree_on_every_rank(run_ranks, world):
+    run_ranks(world, check_collectives)
+
+
+def fail_on_last(comm: Comm, kind: type[Exception] | None) -> tuple[type[Exception], str] | None:
+    failing = kind is not None and comm.rank == comm.world_size - 1
+    try:
+        comm.raise_together(kind("part 3 is torn") if failing else None)
+    except Exception as raised:
+        return type(raised), str(raised)
+    return None
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_error_of_one_rank_is_raised_on_all_with_its_kind(run_ranks, world):
+    found = run_ranks(world, fail_on_last, DataError)
+    assert found[-1] == (DataError, "part 3 is torn")
+    assert found[:-1] == [(DataError, f"rank {world - 1}: part 3 is torn")] * (world - 1)
+
+
+def test_an_error_that_is_no_kind_of_ours_reaches_others_as_rank_error(run_ranks):
+    assert run_ranks(2, fail_on_last, ValueError) == [(RankError, "rank 1: part 3 is torn"), (ValueError, "part 3 is torn")]
+
+
+def test_no_error_raises_nothing(run_ranks):
+    assert run_ranks(3, fail_on_last, None) == [None, None, None]
+
+
+def fail_without_telling(comm: Comm) -> None:
+    if comm.rank == 1:
+        raise DataError("only rank 1 knows")
+    comm.barrier()
+
+
+def test_a_rank_that_fails_fails_the_test_with_its_trace(run_ranks):
+    with pytest.raises(AssertionError, match="only rank 1 knows"):
+        run_ranks(2, fail_without_telling)
+
+
+def test_alone_there_is_a_group_of_one_and_it_ends(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with communication(30) as comm:
+        assert (comm.rank, comm.world_size) == (0, 1)
+        assert torch.distributed.is_initialized()
+        check_collectives(comm)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_launcher_s_environment_is_joined_and_left(monkeypatch):
+    """As under torchrun: RANK, WORLD_SIZE and MASTER_* say how to join."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        monkeypatch.setenv(name, value)
+    with communication(30) as comm:
+        assert comm.gather(comm.rank) == [0]
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_group_that_a_launcher_made_is_left_standing():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with communication(30) as comm:
+            assert comm.world_size == 1
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,79 @@
+"""Routes and the exchange against indexing one plain table, values and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mocme_dist.parallel.comm import Comm
+from mocme_dist.parallel.exchange import exchange, plan_route
+from mocme_dist.partition import RowPartition
+
+WORLDS = [(1, 7), (2, 8), (3, 7), (3, 2), (2, 1), (3, 1)]
+
+
+def request(rank: int, world: int, num_rows: int, case: str) -> np.ndarray:
+    """Ascending unique ids that a rank asks for."""
+    gen = np.random.default_rng([7, rank])
+    if case == "everything":
+        return np.arange(num_rows)
+    if case == "nothing" or (case == "one asks" and rank != world - 1):
+        return np.arange(0)
+    if case == "same row":
+        return np.array([num_rows - 1])
+    return np.unique(gen.integers(num_rows, size=max(1, num_rows // 2)))
+
+
+def check_exchange(comm: Comm, num_rows: int, case: str) -> None:
+    """The exchanged rows are those of one table, and so is the gradient of a weighted sum of squares."""
+    gen = torch.Generator().manual_seed(0)
+    full_ED = torch.randn(num_rows, 6, generator=gen, dtype=torch.float64).requires_grad_()
+    requests = [request(rank, comm.world_size, num_rows, case) for rank in range(comm.world_size)]
+    slopes = [torch.randn(len(ids), 6, generator=gen, dtype=torch.float64) for ids in requests]
+    partition = RowPartition(num_rows, comm.world_size)
+    first, last = partition.bounds(comm.rank)
+
+    route = plan_route(requests[comm.rank], partition, comm)
+    asked = np.unique(np.concatenate(requests))
+    mine = asked[(asked >= first) & (asked < last)]
+    assert np.array_equal(route.rows_V.numpy() + first, mine)
+    leaf_VD = full_ED.detach()[mine].requires_grad_()
+    got_UD = exchange(leaf_VD, route)
+    assert torch.equal(got_UD, full_ED.detach()[requests[comm.rank]])
+    leaving = [np.sum((ids >= first) & (ids < last)) for rank, ids in enumerate(requests) if rank != comm.rank]
+    assert route.sent_vectors == sum(leaving)
+
+    (got_UD.pow(3) * slopes[comm.rank]).sum().backward()
+    plain = sum((full_ED[ids].pow(3) * slope).sum() for ids, slope in zip(requests, slopes, strict=True))
+    plain.backward()
+    torch.testing.assert_close(leaf_VD.grad, full_ED.grad[mine], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(("world", "num_rows"), WORLDS)
+@pytest.mark.parametrize("case", ["random", "everything", "same row", "one asks", "nothing"])
+def test_exchange_equals_indexing_one_table(run_ranks, world, num_rows, case):
+    run_ranks(world, check_exchange, num_rows, case)
+
+
+def check_steps_ahead(comm: Comm) -> None:
+    """Routes that are planned in a thread do not meet the collectives of the step."""
+    import threading
+
+    partition = RowPartition(11, comm.world_size)
+    routes = []
+    gen = np.random.default_rng(comm.rank)
+    requests = [np.unique(gen.integers(11, size=5)) for _ in range(20)]
+    thread = threading.Thread(target=lambda: routes.extend(plan_route(ids, partition, comm) for ids in requests))
+    thread.start()
+    for turn in range(50):
+        assert comm.sum(torch.tensor([float(turn)])).item() == turn * comm.world_size
+    thread.join()
+    full_ED = torch.arange(22.0).view(11, 2)
+    first, last = partition.bounds(comm.rank)
+    for ids, route in zip(requests, routes, strict=True):
+        assert torch.equal(exchange(full_ED[first:last][route.rows_V], route), full_ED[ids])
+
+
+def test_routes_are_planned_beside_the_step(run_ranks):
+    run_ranks(3, check_steps_ahead)

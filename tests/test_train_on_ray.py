@@ -1,0 +1,177 @@
+"""From raw files to metrics under a local Ray with two workers and ZeRO-1: as it goes well, stopped, and with a worker killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "WDS_SECURE": "1",
+}
+SETTINGS = """
+modalities: [structure, text, numeric]
+compile: "off"
+encoders: {text: {model: tiny-random, random_weights: true}}
+experts: {width: 8, num_experts: 2}
+mine: {hidden: 4}
+rotate: {gamma: 4}
+negatives: {count: 16, chunk_size: 16}
+train: {batch_size: 64, epochs: 30, eval_every: 15, checkpoint_every: 5, log_every: 9, learning_rate: 0.01}
+entities: {learning_rate: 0.05}
+deepspeed: {engine: deepspeed, stage: 1}
+launch: {workers: 2, max_failures: 1}
+"""
+METRICS = ("mrr", "hits@1", "hits@3", "hits@10", "mr", "head", "tail", "num_queries")
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+class Command:
+    """A command in a process group of its own, whose descendants can be looked at."""
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | ENVIRONMENT
+        folder.mkdir(exist_ok=True)
+        self.errors = folder / "stderr.txt"
+        with self.errors.open("w") as errors:
+            command = [sys.executable, "-m", *map(str, arguments)]
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=env)
+
+    def end(self, timeout_s: float = 400) -> tuple[int, str]:
+        """Exit code and the last line of its output."""
+        output, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, output.strip().splitlines()[-1] if output.strip() else ""
+
+    def workers(self) -> list[int]:
+        """Process ids of the train workers below this command."""
+        below = {self.process.pid}
+        while found := {pid for pid, parent in _parents() if parent in below} - below:
+            below |= found
+        return sorted(pid for pid in below if "RayTrainWorker" in _title(pid))
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                yield int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def wait_for(condition: Any, command: Command, timeout_s: float = 300) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert command.process.poll() is None, command.errors.read_text()[-3000:]
+        assert time.monotonic() < deadline, command.errors.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def tensors(run_dir: Path) -> dict[str, bytes]:
+    newest = run_dir / "checkpoints" / checkpoints(run_dir)[-1]
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def first_run(tiny_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command on raw files, undisturbed."""
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "tiny.yaml").write_text(SETTINGS)
+    run_dir = folder / "run"
+    command = Command(folder, "mocme_dist.train", "--config", folder / "tiny.yaml", "--set", f"data.raw={tiny_raw}", f"run.dir={run_dir}")
+    try:
+        code, last = command.end()
+    finally:
+        command.process.kill()
+    assert code == 0, command.errors.read_text()[-3000:]
+    (folder / "report.json").write_text(last)
+    return run_dir
+
+
+def test_the_command_packs_extracts_trains_and_prints_one_json_object(first_run):
+    report = json.loads((first_run.parent / "report.json").read_text())
+    assert report == json.loads((first_run / "metrics.json").read_text())
+    assert {*METRICS, "split", "valid_mrr", "step"} <= report.keys() and report["num_queries"] == 72
+    assert (first_run / "dataset" / "manifest.json").is_file()
+    assert {path.name for path in (first_run / "dataset" / "features").iterdir()} == {"text", "numeric"}
+    # Ray's own watcher complains where another Ray runs on the machine.
+    lines = [line for line in (first_run.parent / "stderr.txt").read_text().splitlines() if "PlacementGroupCleaner" not in line]
+    assert any("2 rank(s) on cpu, DeepSpeedEngine ZeRO-1" in line for line in lines)
+    assert not any("Traceback" in line for line in lines)
+    assert {"rows-00000.safetensors", "rows-00001.safetensors", "dense.safetensors"} == tensors(first_run).keys()
+
+
+def test_one_process_without_ray_gets_the_metrics_of_two_workers(first_run):
+    command = Command(first_run.parent, "mocme_dist.evaluate", first_run, "--set", "launch.mode=local", "deepspeed.engine=torch")
+    code, last = command.end()
+    assert code == 0, command.errors.read_text()[-3000:]
+    report, before = json.loads(last), json.loads((first_run.parent / "report.json").read_text())
+    assert "ray: " not in command.errors.read_text() and report["step"] == before["step"]
+    for name in METRICS:
+        assert report[name] == pytest.approx(before[name], abs=1e-9), name
+
+
+def test_a_stopped_run_and_a_killed_worker_end_in_the_bits_of_the_undisturbed_run(first_run, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = ["--config", first_run.parent / "tiny.yaml", "--set", f"data.dataset={first_run / 'dataset'}", f"run.dir={run_dir}"]
+    stopped = Command(tmp_path, "mocme_dist.train", *settings)
+    try:
+        wait_for(lambda: checkpoints(run_dir), stopped)
+        stopped.process.send_signal(signal.SIGTERM)
+        code, last = stopped.end()
+    finally:
+        stopped.process.kill()
+    text = stopped.errors.read_text()
+    assert code == 75 and last == "", text[-3000:]
+    step = int(re.search(r"error: Preempted: stopped at step (\d+) of 270; checkpoint saved", text)[1])  # type: ignore[index]
+    assert checkpoints(run_dir)[-1] == f"step_{step:010d}" and step < 270
+    assert json.loads((run_dir / "run_status.json").read_text())["state"] == "preempted"
+
+    killed = Command(tmp_path, "mocme_dist.train", *settings)
+    try:
+        before = checkpoints(run_dir)[-1]
+        wait_for(lambda: checkpoints(run_dir)[-1] > before, killed)
+        workers = killed.workers()
+        assert len(workers) == 2, "both ranks are found"
+        os.kill(workers[1], signal.SIGKILL)
+        code, last = killed.end()
+    finally:
+        killed.process.kill()
+    text = killed.errors.read_text()
+    assert code == 0, text[-3000:]
+    resumed = [int(found) for found in re.findall(r"resuming from step (\d+) of 270", text)]
+    assert len(resumed) == 2 and resumed[0] == step < resumed[1] <= 270
+    assert tensors(run_dir) == tensors(first_run)
+    report, expected = json.loads(last), json.loads((first_run.parent / "report.json").read_text())
+    assert {name: report[name] for name in METRICS} == {name: expected[name] for name in METRICS}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in lines if "train/loss" in line]
+    assert len(trained) == len(set(trained)) and trained == sorted(trained)

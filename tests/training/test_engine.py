@@ -1,0 +1,193 @@
+"""The engines: DeepSpeed at every stage gives the losses and the states of its plain twin, and resumes from any other's."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mocme_dist.config.schema import DeepSpeedConfig
+from mocme_dist.errors import CheckpointError, ConfigError
+from mocme_dist.training.engine import Engine, make_engine
+
+# How the dense part may be held: engine, ZeRO stage, bf16.
+FLOAT = [("torch", 0, False), *(("deepspeed", stage, False) for stage in range(4))]
+BF16 = [("deepspeed", stage, True) for stage in range(4)]
+STEPS, SAMPLES = 5, 6
+
+
+class Tiny(nn.Module):
+    """Odd sizes, so that no stage divides them evenly; a parameter that every other step reaches; a buffer that bf16 would cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.sometimes = nn.Parameter(torch.ones(3))
+        self.register_buffer("scale", torch.tensor(1.0009765))
+
+    def forward(self, rows_VD: Tensor, reach: bool) -> Tensor:
+        """Sum over the rank's samples, divided by the number of all."""
+        hidden = torch.tanh(self.first(rows_VD.to(self.first.weight.dtype)))
+        out = self.second(hidden).float() * self.scale
+        return (out * self.sometimes.float() if reach else out).square().sum() / SAMPLES
+
+
+def make(comm: Any, kind: tuple[str, int, bool], clip: float = 0.0) -> Engine:
+    module = Tiny()
+    slow = [p for name, p in module.named_parameters() if name.startswith("second")]
+    fast = [p for name, p in module.named_parameters() if not name.startswith("second")]
+    groups = [{"params": fast, "lr": 0.05}, {"params": slow, "lr": 0.01}]
+    engine, stage, bf16 = kind
+    return make_engine(module, groups, clip, DeepSpeedConfig(engine=engine, stage=stage, bf16=bf16), comm)
+
+
+def forward(engine: Engine, comm: Any, step: int) -> tuple[Tensor, Tensor]:
+    """This rank's rows of the step's global batch, outside the engine, and its share of the loss."""
+    rows_BD = torch.randn(SAMPLES, 5, generator=torch.Generator().manual_seed(step))
+    rows_VD = rows_BD[comm.rank :: comm.world_size].clone().requires_grad_()
+    return rows_VD, engine(rows_VD, step % 2 == 0) * comm.world_size
+
+
+def take_step(engine: Engine, comm: Any, step: int) -> float:
+    """One step; the global loss before it. The engine leaves the rank's own rows as they are."""
+    rows_VD, loss = forward(engine, comm, step)
+    before = rows_VD.detach().clone()
+    engine.backward(loss)
+    assert engine.step()
+    assert torch.equal(rows_VD, before) and rows_VD.grad is not None and bool(rows_VD.grad.abs().sum() > 0)
+    return float(comm.sum(loss)) / comm.world_size
+
+
+def assert_states_equal(left: dict[str, Tensor], right: dict[str, Tensor], **tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def check_losses(comm: Any, kinds: list[tuple[str, int, bool]]) -> tuple[list[list[float]], dict[str, Tensor]]:
+    """Losses of each kind and the plain twin's last state; every kind ends in the state of the first."""
+    losses, states = [], []
+    for kind in kinds:
+        engine = make(comm, kind, clip=0.5)
+        losses.append([take_step(engine, comm, step) for step in range(STEPS)])
+        states.append(engine.state())
+        assert {value.dtype for value in states[-1].values()} == {torch.float32}
+        assert engine.gradient_norm() > 0
+    for state in states[1:]:
+        assert_states_equal(states[0], state, rtol=1e-5, atol=1e-6)
+    return losses, states[0]
+
+
+def check_resume(comm: Any, kinds: list[tuple[str, int, bool]], tolerance: float) -> None:
+    """A state taken after two steps, loaded into a new engine of every kind before its first step: the rest is as it was."""
+    for saved_as in kinds:
+        source = make(comm, saved_as)
+        for step in range(2):
+            take_step(source, comm, step)
+        saved = source.state()
+        expected = [take_step(source, comm, step) for step in range(2, STEPS)]
+        final = source.state()
+        for loaded_as in kinds if saved_as in (kinds[0], kinds[-1]) else [saved_as]:
+            engine = make(comm, loaded_as)
+            engine.load_state(saved, 2)
+            assert_states_equal(saved, engine.state(), rtol=0, atol=0)
+            losses = [take_step(engine, comm, step) for step in range(2, STEPS)]
+            bound = 0.0 if loaded_as == saved_as else tolerance
+            assert losses == pytest.approx(expected, rel=bound, abs=bound), (saved_as, loaded_as)
+            assert_states_equal(final, engine.state(), rtol=bound, atol=bound)
+
+
+def check_skips(comm: Any, kinds: list[tuple[str, int, bool]]) -> None:
+    """A skipped step leaves no trace, neither now nor in the gradients of the next step."""
+    for kind in kinds:
+        undisturbed, engine = make(comm, kind), make(comm, kind)
+        for step in range(2):
+            take_step(undisturbed, comm, step)
+            take_step(engine, comm, step)
+        before = engine.state()
+        # The caller found something not finite elsewhere: gradients are there and must go.
+        _, loss = forward(engine, comm, 90)
+        engine.backward(loss)
+        engine.skip()
+        assert_states_equal(before, engine.state(), rtol=0, atol=0)
+        # One rank's gradient is not finite: all ranks refuse.
+        rows_VD, loss = forward(engine, comm, 91)
+        if comm.rank == comm.world_size - 1:
+            loss = loss * float("inf") + (rows_VD * 0).sum()
+        engine.backward(loss)
+        assert not engine.step()
+        assert_states_equal(before, engine.state(), rtol=0, atol=0)
+        for step in range(2, STEPS):
+            assert take_step(engine, comm, step) == take_step(undisturbed, comm, step), kind
+        assert_states_equal(undisturbed.state(), engine.state(), rtol=0, atol=0)
+
+
+def check_bf16(comm: Any) -> list[list[float]]:
+    """Losses of each stage; masters and buffers keep the digits that bf16 has not."""
+    losses = []
+    for kind in BF16:
+        engine = make(comm, kind)
+        plain = make(comm, FLOAT[0]).state()
+        state = engine.state()
+        assert state["buffer/scale"].item() == torch.tensor(1.0009765).item()
+        assert {buffer.dtype for buffer in engine.module.buffers()} == {torch.float32}
+        # The first masters are bf16's rounding of the plain values.
+        assert_states_equal(plain, state, rtol=2**-8, atol=0)
+        losses.append([take_step(engine, comm, step) for step in range(STEPS)])
+        master = engine.state()["value/first.weight"]
+        assert not torch.equal(master, master.bfloat16().float())
+    return losses
+
+
+def body(comm: Any) -> Any:
+    """All checks in one launch: importing DeepSpeed costs seconds."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    losses, state = check_losses(comm, FLOAT)
+    check_resume(comm, FLOAT, 1e-6)
+    check_skips(comm, [*FLOAT, *BF16])
+    bf16 = check_bf16(comm)
+    check_resume(comm, BF16, 1e-2)
+    return losses, bf16, state
+
+
+@pytest.fixture(scope="module")
+def results(run_ranks):
+    return {world: run_ranks(world, body) for world in (1, 2, 3)}
+
+
+@pytest.mark.slow
+def test_losses_are_equal_at_every_stage_and_world_size(results):
+    expected = results[1][0][0][0]
+    assert len(set(expected)) == STEPS
+    for world, ranks in results.items():
+        for losses, bf16, state in ranks:
+            for got in losses:
+                assert got == pytest.approx(expected, rel=1e-6), world
+            for got in bf16:
+                assert got == pytest.approx(expected, rel=0.05), world
+            assert_states_equal(results[1][0][2], state, rtol=1e-5, atol=1e-6)
+
+
+def test_torch_engine_refuses_what_is_not_finite_and_counts_unreached_parameters(run_ranks):
+    run_ranks(2, check_skips, FLOAT[:1])
+    run_ranks(1, check_resume, FLOAT[:1], 0.0)
+
+
+def check_refusals(comm: Any) -> None:
+    engine = make(comm, FLOAT[0])
+    state = engine.state()
+    with pytest.raises(CheckpointError, match=r"value/second.bias: checkpoint nothing, now \(3,\)"):
+        engine.load_state({name: value for name, value in state.items() if name != "value/second.bias"}, 1)
+    with pytest.raises(CheckpointError, match=r"value/first.bias: checkpoint \(9,\), now \(7,\)"):
+        engine.load_state({**state, "value/first.bias": torch.zeros(9)}, 1)
+    with pytest.raises(ConfigError, match="bf16"):
+        make(comm, ("torch", 1, True))
+
+
+def test_a_state_of_another_model_is_refused_by_name(run_ranks):
+    run_ranks(1, check_refusals)
