@@ -219,6 +219,20 @@ def test_a_signal_saves_a_checkpoint_and_leaves_with_75(tiny_dataset, tmp_path):
     fails(4, r"no valid checkpoint: .*dense.safetensors has size 0", *overrides, f"run.dir={tmp_path / 'torn'}", within_s=30)
 
 
+@pytest.mark.slow
+def test_processes_of_torchrun_share_one_run_and_one_of_them_reports(tiny_raw, tmp_path):
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mocme_dist.train"]
+    done, _ = run(*launcher, *TINY, f"data.raw={tiny_raw}", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line)["num_queries"] for line in done.stdout.splitlines()] == [72]
+    parts = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*/*.safetensors")}
+    assert parts == {"rows-00000.safetensors", "rows-00001.safetensors", "dense.safetensors"}
+    # One process reads what two wrote.
+    done, _ = run("mocme_dist.evaluate", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["num_queries"] == 72
+
+
 def test_errors_of_the_program_itself_keep_their_trace_and_leave_with_70(capsys):
     def broken() -> None:
         raise ZeroDivisionError("by zero")

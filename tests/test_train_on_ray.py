@@ -129,8 +129,8 @@ def test_the_command_packs_extracts_trains_and_prints_one_json_object(first_run)
     assert {"rows-00000.safetensors", "rows-00001.safetensors", "dense.safetensors"} == tensors(first_run).keys()
 
 
-def test_one_process_without_ray_gets_the_metrics_of_two_workers(first_run):
-    command = Command(first_run.parent, "mocme_dist.evaluate", first_run, "--set", "launch.mode=local", "deepspeed.engine=torch")
+def test_one_process_without_ray_gets_the_metrics_of_two_workers(first_run, tmp_path):
+    command = Command(tmp_path, "mocme_dist.evaluate", first_run, "--set", "launch.mode=local", "deepspeed.engine=torch")
     code, last = command.end()
     assert code == 0, command.errors.read_text()[-3000:]
     report, before = json.loads(last), json.loads((first_run.parent / "report.json").read_text())

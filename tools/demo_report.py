@@ -163,7 +163,7 @@ def main() -> None:
     print("\n".join(metrics_table({name: read_report(run) for name, run in runs.items()})))
     picture = args.run / "report.png"
     draw(runs, picture)
-    print(f"\nFive facts of the test split, drawn by seed; the true answer in [brackets], known training facts left out:")
+    print("\nFacts of the test split, drawn by seed; the true answer in [brackets], known training facts left out:")
     print("\n".join(examples(runs, args.examples, args.seed)))
     print(f"\nCurves and weights: {picture}")
     print(f"TensorBoard:        .venv/bin/tensorboard --logdir {args.run.parent}")

@@ -70,7 +70,7 @@ class RawFile:
                 while chunk := file.read(CHUNK_BYTES):
                     yield chunk.removeprefix(BYTE_ORDER_MARK) if first else chunk
                     first = False
-                    progress.advance(plain.tell() - place)
+                    progress.add(plain.tell() - place)
                     place = plain.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{self.path.absolute()}: not a whole gzip file: {error}") from None

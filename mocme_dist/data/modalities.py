@@ -178,7 +178,7 @@ class ShardBuilder:
         with Progress("packing entities", self._partition.num_shards, "shards") as progress:
             for shard in range(self._partition.num_shards):
                 self.entries.append(write_shard(directory / shard_name(shard), self._samples(shard)))
-                progress.advance()
+                progress.add()
 
     def _samples(self, shard: int) -> Iterator[Sample]:
         """Samples of a shard in order of id; files are read one entity at a time."""

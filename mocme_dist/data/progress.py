@@ -1,50 +1,62 @@
-"""Signs of life for long work: a bar on a terminal, a line of log at an interval elsewhere."""
+"""Shows that long work is alive: a bar on a terminal, a log line per interval elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from types import TracebackType
-
-from tqdm import tqdm
+from typing import Any
 
 log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts `advance`d units of `total`; use it as a context.
+    """Counts work of a known total and shows rate and ETA; a context manager. `add` may be called from any thread."""
 
-    Args:
-        what: what is being done, for the user.
-        total: units in all.
-        unit: name of a unit; "B" is shown in kilo- and megabytes.
-        interval_s: seconds between two lines where there is no terminal.
-    """
-
-    def __init__(self, what: str, total: int, unit: str, interval_s: float = 10.0) -> None:
-        self._what, self._total, self._unit, self._interval_s = what, total, unit, interval_s
-        self._done = 0
-        self._start = self._last = time.monotonic()
-        self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", leave=False) if sys.stderr.isatty() else None
+    def __init__(self, name: str, total: int, unit: str = "rows", interval_s: float = 10.0) -> None:
+        self.name, self.total, self.unit, self.interval_s = name, total, unit, interval_s
+        self.done = 0
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._bar: Any = None
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.total, desc=self.name, unit=f" {self.unit}", unit_scale=self.unit == "B", dynamic_ncols=True, leave=False
+            )
+        else:
+            self._thread = threading.Thread(target=self._lines, name="progress", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
         if self._bar is not None:
             self._bar.close()
+        if self._thread is not None:
+            self._thread.join()
 
-    def advance(self, units: int = 1) -> None:
-        """Count `units` more, and show it when it is time."""
-        self._done += units
-        if self._bar is not None:
-            self._bar.update(units)
-            return
-        now = time.monotonic()
-        if now - self._last >= self._interval_s:
-            self._last = now
-            rate = self._done / (now - self._start)
-            left_s = (self._total - self._done) / rate if rate else 0.0
-            done, total, speed = f"{self._done:,}", f"{self._total:,}", f"{rate:,.1f}"
-            log.info("%s: %s of %s %s, %s %s/s, %.0f s left", self._what, done, total, self._unit, speed, self._unit, left_s)
+    def add(self, count: int = 1) -> None:
+        """`count` more units are done."""
+        with self._lock:
+            self.done += count
+            if self._bar is not None:
+                self._bar.update(count)
+
+    def line(self) -> str:
+        """Done of total, rate and time left, in words."""
+        elapsed = time.monotonic() - self._started
+        rate = self.done / elapsed if elapsed > 0 else 0.0
+        left = f"{(self.total - self.done) / rate:,.0f} s left" if rate > 0 else "time left unknown yet"
+        return f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {left}"
+
+    def _lines(self) -> None:
+        while not self._over.wait(self.interval_s):
+            log.info("%s", self.line())

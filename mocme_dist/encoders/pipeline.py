@@ -24,10 +24,10 @@ from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import part_is_complete
 from mocme_dist.data.files import read_json, write_json
+from mocme_dist.data.progress import Progress
 from mocme_dist.encoders.encoder import Encoder, encoder_hash
 from mocme_dist.encoders.image import ImageEncoder, image_settings
 from mocme_dist.encoders.numeric import NumericEncoder, NumericStatistics, collect_numbers, fit_numbers, numeric_settings
-from mocme_dist.encoders.progress import Progress
 from mocme_dist.encoders.report import finish_modality, timings
 from mocme_dist.encoders.shard import extract_shard
 from mocme_dist.encoders.text import TextEncoder, text_settings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,22 +12,13 @@ from graphs import D, E, R, brute_force, graph, vectors
 from mocme_dist.data.known import KnownAnswers
 from mocme_dist.evaluation.protocol import split_queries
 from mocme_dist.evaluation.ranking import Queries, RowShard, rank_queries
-from mocme_dist.parallel.comm import Comm
+from mocme_dist.parallel.comm import Comm, communication
 from mocme_dist.partition import RowPartition
 
 
-class Alone:
-    """What ranking needs of a `Comm` of one rank."""
-
-    world_size, rank = 1, 0
-
-    @staticmethod
-    def sum(value: torch.Tensor) -> torch.Tensor:
-        return value.clone()
-
-
-def rank_alone(queries: Queries, known: KnownAnswers, z_ED: torch.Tensor, phase_RC: torch.Tensor, **settings: object) -> np.ndarray:
-    return rank_queries(queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, Alone(), **settings)
+def rank_alone(queries: Queries, known: KnownAnswers, z_ED: torch.Tensor, phase_RC: torch.Tensor, **settings: Any) -> np.ndarray:
+    with communication(30) as comm:
+        return rank_queries(queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm, **settings)
 
 
 @pytest.mark.parametrize(("query_block", "tile_rows"), [(7, 17), (80, 53), (256, 1024), (16, 16), (1, 52), (100, 20)])
