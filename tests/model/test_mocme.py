@@ -71,17 +71,24 @@ def test_equal_seeds_give_equal_models_and_the_caller_s_random_state_stays():
     assert not torch.equal(one.projections.by_modality["text"].first.weight, third.projections.by_modality["text"].first.weight)
 
 
-def test_absent_rows_are_ignored_and_no_modality_gives_zero():
+@pytest.mark.parametrize("estimator", ["uniform", "mine", "cosine", "attention"])
+def test_absent_rows_are_ignored_and_no_modality_gives_zero(estimator):
+    """Absent rows are masked before the experts, where squares of what they hold could overflow."""
     widths = {"text": 5, "image": 7}
-    model = MoCME(widths, R, settings(fusion=FusionSettings("uniform")))
-    raw, present, _ = inputs()
+    raw, present, held_out = inputs()
     raw, present = {name: raw[name] for name in widths}, present[1:].clone()
     present[:, 4] = False
-    garbage = {name: torch.where(present[m][:, None], raw[name], 1e6) for m, name in enumerate(widths)}
-    one, other = model.encode(raw, present).z_VD, model.encode(garbage, present).z_VD
-    assert torch.equal(one, other)
-    assert (one[4] == 0).all()
-    assert torch.isfinite(one).all()
+    garbage = {name: torch.where(present[m][:, None], raw[name], 1e25) for m, name in enumerate(widths)}
+    states = []
+    for features in (raw, garbage):
+        model = MoCME(widths, R, settings(fusion=FusionSettings(estimator, hidden=8)))
+        fused = model.encode(features, present, held_out, estimate=True)
+        (loss_of(model, fused.z_VD) + fused.loss).backward()
+        states.append([fused.z_VD, *(p.grad for p in model.parameters()), *model.buffers()])
+    for one, other in zip(*states, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other)
+    assert (states[0][0][4] == 0).all()
 
 
 def test_gradients_stay_finite_where_an_entity_has_nothing():
