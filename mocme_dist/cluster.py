@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 
 from mocme_dist.errors import ConfigError
 
@@ -17,10 +18,18 @@ OBJECT_STORE_BYTES = 200_000_000
 def quiet_worker() -> None:
     """Runs first in every process of a local cluster: silences a watcher that needs the dashboard we do not start.
 
-    Ray Train's clean-up actor asks the dashboard about its controller once a second and warns each time that it is
-    not there. A local cluster ends with its driver, so there is nothing to clean up after it.
+    Ray Train's clean-up actor asks the dashboard about its controller once a second, warns each time that it is not
+    there, and breaks off with a traceback where another Ray on the machine answers instead. A local cluster ends with
+    its driver, so there is nothing to clean up after it.
     """
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    shown = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if failure.thread is None or failure.thread.name != "PlacementGroupCleanerMonitor":
+            shown(failure)
+
+    threading.excepthook = hook
 
 
 def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
