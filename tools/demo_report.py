@@ -1,7 +1,8 @@
 """What a run learned, for people: `python -m tools.demo_report RUN_DIR [--control RUN_DIR]`.
 
 Prints the test metrics next to a control's, draws learning curves and modality weights into RUN_DIR/report.png, and
-completes five facts of the test split in words. The five are drawn by seed from five relations, not picked by result.
+completes five facts of the test split in words: one of each of the five most frequent relations, drawn by seed and not
+picked by result.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def complete(answerer: Answerer, query: tuple[int, int, int, int], top: int) -> 
 
 
 def examples(runs: dict[str, Path], count: int, seed: int) -> list[str]:
-    """Facts of the test split in words: the first run's five best answers, and the true one's rank in every run."""
+    """Facts of the test split's `count` most frequent relations in words: the first run's best answers, the true one's ranks."""
     answerers = {name: Answerer(run) for name, run in runs.items()}
     dataset = next(iter(answerers.values())).dataset
     names, relations = dataset.entity_names(), dataset.relation_names()

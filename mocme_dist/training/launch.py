@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -212,6 +213,8 @@ def _first_cause(error: BaseException) -> str:
 def _ray_worker(payload: dict[str, Any]) -> None:
     """Body of one rank under Ray Train."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # DeepSpeed's collectives call names that torch is about to change; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     config = parse_config(payload["config"])
     _tune_process(config)
     rank = int(os.environ["RANK"])
