@@ -22,6 +22,7 @@ from mocme_dist.evaluation.protocol import split_queries
 from mocme_dist.model.rotate import distance, rotate
 from mocme_dist.parallel.comm import communication
 from mocme_dist.training import checkpoint
+from mocme_dist.training.loop import restore
 from mocme_dist.training.worker import Worker
 
 METRICS = ("mrr", "hits@1", "hits@3", "hits@10", "mr")
@@ -99,8 +100,7 @@ class Answerer:
             saved = checkpoint.find(run / "checkpoints", "auto", best=True)
             if saved is None:
                 raise SystemExit(f"{run}: no checkpoint; train first")
-            checkpoint.load_rows(saved, worker.table)
-            worker.engine.load_state(checkpoint.load_dense(saved), worker.table.num_updates)
+            restore(worker, saved)
             self.z_ED = worker.encode_rows().z_rD
             self.relations = worker.model.relations
 

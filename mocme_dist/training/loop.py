@@ -60,14 +60,19 @@ def run_evaluation(config: Config, split: str, step: str) -> dict[str, Any]:
         saved = checkpoint.agree(directory.checkpoints, step, comm, best=True)
         if saved is None:
             raise CheckpointError(f"{directory.checkpoints}: no checkpoint; train first")
-        _load(worker, saved)
+        restore(worker, saved)
         report = worker.evaluate(split, show=True) | {"step": saved.step}
         if comm.rank == 0:
             write_json(directory.metrics, report)
         return report
 
 
-def _load(worker: Worker, saved: checkpoint.Saved) -> None:
+def restore(worker: Worker, saved: checkpoint.Saved) -> None:
+    """Put a checkpoint into a worker of any number of ranks and any ZeRO stage; collective.
+
+    Raises:
+        CheckpointError: it was made with other settings, or its parts do not cover this rank's rows.
+    """
     checkpoint.check_identity(saved, worker.identity)
     checkpoint.load_rows(saved, worker.table)
     worker.engine.load_state(checkpoint.load_dense(saved), worker.table.num_updates)
@@ -93,7 +98,7 @@ class Training:
         saved = checkpoint.agree(self.directory.checkpoints, self.config.run.resume, self.comm)
         if saved is None:
             return 0
-        _load(self.worker, saved)
+        restore(self.worker, saved)
         self.best_mrr = saved.manifest["best_mrr"] if saved.manifest["best_mrr"] is not None else -math.inf
         self.bad_evaluations = saved.manifest["bad_evaluations"]
         if self.comm.rank == 0:
@@ -192,7 +197,7 @@ class Training:
         """Load the best checkpoint by valid MRR, rank test once, write the report; collective."""
         saved = checkpoint.agree(self.directory.checkpoints, "auto", self.comm, best=True)
         if saved is not None and saved.step != self.step:
-            _load(self.worker, saved)
+            restore(self.worker, saved)
         step = self.step if saved is None else saved.step
         valid = self.worker.evaluate("valid")
         report = self.worker.evaluate("test", show=True)
