@@ -8,8 +8,6 @@ done when its JSON is there, which is written last.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mocme_dist.data.files import read_json, sha256_file, write_bytes, write_json
+from mocme_dist.data.tensors import map_tensors
 from mocme_dist.errors import DataError, ShapeError
 from mocme_dist.partition import ShardPartition
 
 FEATURES_FORMAT = 1
-_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 _TORCH = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32}
 # Values are scanned for NaN in blocks of so many numbers: 16 MiB of float32.
 _SCAN = 1 << 22
@@ -222,7 +220,7 @@ def _open_part(directory: Path, shard: int, bounds: tuple[int, int], wanted: tup
             f"{path.absolute()}: {size:,} bytes, expected {stats.get('bytes', 0):,} of another sha256; the part is torn, {again}"
         )
     try:
-        tensors = _map_tensors(path)
+        tensors = map_tensors(path)
         values, mask = tensors["values"], np.array(tensors["present"]).astype(bool)
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path.absolute()}: not a safetensors file of values and present ({error}); {again}") from None
@@ -235,26 +233,6 @@ def _open_part(directory: Path, shard: int, bounds: tuple[int, int], wanted: tup
     low, high = wanted[0] - bounds[0], wanted[1] - bounds[0]
     start, stop = int(mask[:low].sum()), int(mask[:high].sum())
     return _Part(values[start:stop], mask[low:high])
-
-
-def _map_tensors(path: Path) -> dict[str, NDArray[Any]]:
-    """Read-only maps of the tensors in a safetensors file; only touched pages are read."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size - 8, 1 << 20):
-            raise ValueError(f"header of {length} bytes")
-        header = json.loads(file.read(length))
-    tensors: dict[str, NDArray[Any]] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= size - 8 - length:
-            raise ValueError(f"tensor {name} claims bytes {start} to {stop}")
-        # An empty tensor cannot be mapped.
-        tensors[name] = np.memmap(path, dtype, "r", 8 + length + start, shape) if stop > start else np.empty(shape, dtype)
-    return tensors
 
 
 def _check_finite(values: NDArray[Any], mask: NDArray[np.bool_], first_id: int, modality: str, path: Path) -> None:

@@ -1,1 +1,6 @@
-"""MoCME in tensors: one device, no ranks, torch alone."""
+"""MoCME in tensors: one device, no ranks, torch alone. `MoCME` is the module, `ModelSettings` its sizes and switches."""
+
+from mocme_dist.model.fusion import FusionSettings
+from mocme_dist.model.mocme import MoCME, ModelSettings
+
+__all__ = ["FusionSettings", "MoCME", "ModelSettings"]

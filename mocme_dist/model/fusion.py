@@ -40,6 +40,7 @@ class Fused(NamedTuple):
         loss: the statistics networks' own loss, 0 for the controls.
         intra_MK: mean weight of each expert. inter_M: mean weight of each modality over the entities that have it.
         inter_VM: the modality weights of each entity.
+        modal_MVD: what each modality says of each entity, its views mixed, without a gradient; scale as inside fusion.
     """
 
     z_VD: Tensor
@@ -47,6 +48,7 @@ class Fused(NamedTuple):
     intra_MK: Tensor
     inter_M: Tensor
     inter_VM: Tensor
+    modal_MVD: Tensor
 
 
 class PairInformation(nn.Module):
@@ -190,7 +192,7 @@ class Fusion(nn.Module):
             count_M = present_MV.sum(1).clamp_min(1)
             mean_MK = (intra_MKV * present_MV[:, None]).sum(2) / count_M[:, None]
             mean_M = (inter_MV * present_MV).sum(1) / count_M
-        return Fused(z_VD, intra_loss + inter_loss, mean_MK, mean_M, inter_MV.T)
+        return Fused(z_VD, intra_loss + inter_loss, mean_MK, mean_M, inter_MV.T, z_MVD.detach())
 
     def _weigh_experts(
         self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool

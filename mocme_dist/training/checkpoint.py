@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -281,6 +282,24 @@ def load_rows(saved: Saved, table: EntityTable) -> None:
     if covered != table.last - table.first:
         raise CheckpointError(f"{saved.path}: parts cover {covered:,} of rows [{table.first:,}, {table.last:,})")
     table.num_updates = int(saved.manifest["table_updates"])
+
+
+def read_rows(saved: Saved, first: int, last: int) -> Tensor:
+    """(last - first, D) float32 rows of the entities [first, last), whatever parts hold them.
+
+    Raises:
+        CheckpointError: the parts do not cover the range.
+    """
+    pieces, covered = [], first
+    parts = [(entry["first"], entry["last"], name) for name, entry in saved.manifest["files"].items() if entry.get("first") is not None]
+    for begin, end, name in sorted(parts):
+        if begin <= covered < min(end, last):
+            with safe_open(saved.path / name, framework="pt") as file:
+                pieces.append(file.get_slice("rows")[covered - begin : min(end, last) - begin].float())
+            covered = min(end, last)
+    if covered != last:
+        raise CheckpointError(f"{saved.path}: parts cover rows [{first:,}, {covered:,}) of [{first:,}, {last:,})")
+    return torch.cat(pieces)
 
 
 def load_dense(saved: Saved) -> dict[str, Tensor]:

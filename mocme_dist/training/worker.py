@@ -91,7 +91,7 @@ class Worker:
         )
         self.compiled = use_compiler(config.compile, comm.device)
         raw_widths = {name: config.experts.width if name == "structure" else self.stores[name].width for name in self.modalities}
-        self.model = MoCME(raw_widths, dataset.num_relations, _model_settings(config), config.train.seed).to(comm.device)
+        self.model = MoCME(raw_widths, dataset.num_relations, model_settings(config), config.train.seed).to(comm.device)
         self._set_statistics()
         module = StepModule(self.model, _loss_settings(config, self.compiled), comm, self.timer)
         self.engine = make_engine(module, _groups(config, module), config.train.gradient_clipping, config.deepspeed, comm)
@@ -183,7 +183,7 @@ class Worker:
             yield block * size, max(self.first, block * size) - self.first, min(self.last, (block + 1) * size) - self.first
 
     def _block_rows(self) -> int:
-        return min(self.config.evaluation.encode_rows, -(-self.dataset.num_entities // 64) * 64)
+        return block_rows(self.config, self.dataset.num_entities)
 
     def encode_rows(self) -> RowShard:
         """Fused vectors of this rank's entities; not collective but under ZeRO-3, where every rank must call it."""
@@ -200,7 +200,7 @@ class Worker:
                 rows = torch.arange(begin, end, device=self.comm.device)
                 entities = self.inputs(rows, self.table.rows_rD[rows])
                 offset = begin + self.first - start
-                fused = self.model.encode(*_pad(entities, offset, size))
+                fused = self.model.encode(*pad_block(entities, offset, size))
                 z_rD[begin:end] = fused.z_VD[offset : offset + end - begin]
                 weights.append(fused.inter_VM[offset : offset + end - begin])
         self.model.train()
@@ -238,7 +238,12 @@ class Worker:
         return report(split, np.asarray(ranks), queries.direction, **sampled)
 
 
-def _pad(entities: EntityInput, offset: int, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def block_rows(config: Config, num_entities: int) -> int:
+    """Entities that are encoded together: blocks lie at multiples of this, and are always encoded whole."""
+    return min(config.evaluation.encode_rows, -(-num_entities // 64) * 64)
+
+
+def pad_block(entities: EntityInput, offset: int, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The entities at `offset` of a block of `size` rows; the other rows are absent zeros."""
     after = size - offset - len(entities.held_out_V)
     pad_rows = lambda value: torch.nn.functional.pad(value, (0, 0, offset, after))  # noqa: E731
@@ -246,7 +251,8 @@ def _pad(entities: EntityInput, offset: int, size: int) -> tuple[dict[str, Tenso
     return raw, torch.nn.functional.pad(entities.present_MV, (offset, after)), torch.nn.functional.pad(entities.held_out_V, (offset, after))
 
 
-def _model_settings(config: Config) -> ModelSettings:
+def model_settings(config: Config) -> ModelSettings:
+    """The model's sizes and switches that a configuration asks for."""
     fusion, mine = config.fusion, config.mine
     return ModelSettings(
         width=config.experts.width,
