@@ -239,6 +239,9 @@ class EvaluationConfig(Section):
     query_block: int = Field(256, ge=1, description="Queries scored at once.")
     tile_rows: int = Field(1024, ge=16, description="Entities scored at once; with query_block it bounds the memory.")
     encode_rows: int = Field(4096, ge=1, description="Entities fused at once.")
+    vectors_mb: int = Field(
+        1024, ge=1, description="A rank whose fused vectors need more than this makes them piece by piece, twice, instead of keeping them."
+    )
 
 
 class LaunchConfig(Section):

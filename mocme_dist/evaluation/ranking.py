@@ -3,7 +3,7 @@
 Every rank scores the queries against its own rows, a tile at a time, and counts how many score above the target and
 how many score the same, known answers left out; two integers a query are summed over ranks. Nothing is sorted and
 nothing of size queries x entities is kept. A tie counts half: rank = 1 + above + equal / 2, the mean of the best and
-the worst place the target could take.
+the worst place the target could take. A rank's rows may come whole or piece by piece: counts add up.
 
 Distances come from one kernel with one shape, the target's too, so that equal vectors give equal numbers and ranks
 are the same, bit for bit, at every world size.
@@ -23,6 +23,8 @@ from mocme_dist.parallel.comm import Comm
 
 # The plain form of the kernel stores (queries, tile, D); so many queries at once bound it.
 _PLAIN_QUERIES = 16
+# Vectors of so many queries and targets are held at once: 128 MiB of D 256.
+_PASS_QUERIES = 1 << 16
 
 
 class Answers(Protocol):
@@ -52,11 +54,64 @@ class Queries(NamedTuple):
         return Queries(*(column[index] for column in self))
 
 
+class Vectors(Protocol):
+    """One rank's fused vectors, whole or a piece at a time; both methods are called by all ranks together."""
+
+    @property
+    def first(self) -> int:
+        """Id of this rank's first entity."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many entities it has."""
+
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces there are, the same on every rank."""
+
+    def pick(self, ids_Q: np.ndarray) -> Tensor:
+        """(Q, D) vectors of any entities: this rank's own, zeros for the others'."""
+
+    def pieces(self) -> Iterator[RowShard]:
+        """Contiguous runs of the rows in ascending order; some perhaps empty."""
+
+
 class RowShard(NamedTuple):
-    """One rank's fused vectors: z_rD (r, D) of the entities [first, first + r)."""
+    """Fused vectors that are held whole: z_rD (r, D) of the entities [first, first + r)."""
 
     z_rD: Tensor
     first: int
+
+    @property
+    def num_rows(self) -> int:
+        """How many entities."""
+        return len(self.z_rD)
+
+    @property
+    def num_pieces(self) -> int:
+        """It is one piece."""
+        return 1
+
+    def pick(self, ids_Q: np.ndarray) -> Tensor:
+        """See `Vectors`."""
+        out = self.z_rD.new_zeros(len(ids_Q), self.z_rD.shape[1])
+        local_Q = torch.from_numpy(ids_Q).to(out.device) - self.first
+        mine_Q = (local_Q >= 0) & (local_Q < len(self.z_rD))
+        out[mine_Q] = self.z_rD[local_Q[mine_Q]]
+        return out
+
+    def pieces(self) -> Iterator[RowShard]:
+        """Itself."""
+        yield self
+
+
+class _Block(NamedTuple):
+    """Queries that are scored at once: rotated sources, the target's distance, and the pairs that do not compete."""
+
+    query_QD: Tensor
+    target_Q1: Tensor
+    skip_query: np.ndarray
+    skip_row: np.ndarray
 
 
 def _distances(query_QD: Tensor, tile_TD: Tensor, compiled: bool) -> Tensor:
@@ -77,15 +132,6 @@ def _tiles(shard: RowShard, tile_rows: int) -> Iterator[tuple[int, int, Tensor]]
         yield start, count, rows_TD
 
 
-def _fetch(ids_Q: np.ndarray, shard: RowShard, comm: Comm) -> Tensor:
-    """(Q, D) vectors of any entities on every rank: the owner fills its rows, a sum spreads them (x + 0 is x)."""
-    out = shard.z_rD.new_zeros(len(ids_Q), shard.z_rD.shape[1])
-    local_Q = torch.from_numpy(ids_Q).to(out.device) - shard.first
-    mine_Q = (local_Q >= 0) & (local_Q < len(shard.z_rD))
-    out[mine_Q] = shard.z_rD[local_Q[mine_Q]]
-    return comm.sum(out)
-
-
 def _excluded(queries: Queries, known: Answers, first: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (query, local row) of this shard that do not compete: known answers and the target itself, by row."""
     offsets, targets = known.lookup(queries.source, queries.relation, queries.direction)
@@ -96,45 +142,78 @@ def _excluded(queries: Queries, known: Answers, first: int, num_rows: int) -> tu
     return pairs % len(queries.source), pairs // len(queries.source)
 
 
-def rank_block(
-    queries: Queries, phase_QC: Tensor, shard: RowShard, known: Answers, comm: Comm, tile_rows: int, compiled: bool
-) -> np.ndarray:
-    """(Q,) float64 filtered ranks of one block of queries; collective, the same on every rank.
+def _make_block(
+    queries: Queries, phase_QC: Tensor, both_2QD: Tensor, shard: Vectors, known: Answers, tile_rows: int, compiled: bool
+) -> _Block:
+    """One block, at most `tile_rows` queries; both_2QD are the vectors of its sources, then of its targets."""
+    Q = len(queries.source)
+    sign_Q = torch.from_numpy(1.0 - 2.0 * queries.direction).to(both_2QD.device, torch.float32)
+    query_QD = rotate(both_2QD[:Q], phase_QC, sign_Q)
+    target_TD = torch.cat([both_2QD[Q:], both_2QD.new_zeros(tile_rows - Q, both_2QD.shape[1])])
+    target_Q1 = _distances(query_QD, target_TD, compiled)[:, :Q].diagonal()[:, None]
+    return _Block(query_QD, target_Q1, *_excluded(queries, known, shard.first, shard.num_rows))
+
+
+def count_block(block: _Block, piece: RowShard, first_row: int, tile_rows: int, compiled: bool) -> Tensor:
+    """(2, Q) how many rows of `piece` score above and equal to each query's target, those that do not compete left out.
 
     Args:
-        queries: the block, the same on every rank.
-        phase_QC: phases of the queries' relations.
-        shard: this rank's vectors.
-        known: answers that do not compete with the target.
-        tile_rows: entities scored at once; at least Q.
+        block: the queries.
+        piece: vectors; `first_row` is the place of its first one among this rank's rows.
+        tile_rows: entities scored at once.
         compiled: fused kernel or plain form.
     """
-    Q, device = len(queries.source), shard.z_rD.device
-    both_ND = _fetch(np.concatenate([queries.source, queries.target]), shard, comm)
-    sign_Q = torch.from_numpy(1.0 - 2.0 * queries.direction).to(device, torch.float32)
-    query_QD = rotate(both_ND[:Q], phase_QC, sign_Q)
-    target_TD = torch.cat([both_ND[Q:], both_ND.new_zeros(tile_rows - Q, both_ND.shape[1])])
-    target_Q1 = _distances(query_QD, target_TD, compiled)[:, :Q].diagonal()[:, None]
-    skip_query, skip_row = _excluded(queries, known, shard.first, len(shard.z_rD))
-    counts_2Q = torch.zeros(2, Q, dtype=torch.int64, device=device)
-    for start, count, rows_TD in _tiles(shard, tile_rows):
+    query_QD, target_Q1, skip_query, skip_row = block
+    device = query_QD.device
+    counts_2Q = torch.zeros(2, len(query_QD), dtype=torch.int64, device=device)
+    for start, count, rows_TD in _tiles(piece, tile_rows):
         distance_QT = _distances(query_QD, rows_TD, compiled)[:, :count]
         # Not "<": where one of the two is NaN the candidate counts as better, so a model that has diverged ranks last.
         counts_2Q[0] += (~(distance_QT >= target_Q1)).sum(1)
         counts_2Q[1] += (distance_QT == target_Q1).sum(1)
-        low, high = np.searchsorted(skip_row, [start, start + count])
+        low, high = np.searchsorted(skip_row, [first_row + start, first_row + start + count])
         at_query = torch.from_numpy(skip_query[low:high]).to(device)
-        skipped = distance_QT[at_query, torch.from_numpy(skip_row[low:high] - start).to(device)]
+        skipped = distance_QT[at_query, torch.from_numpy(skip_row[low:high] - first_row - start).to(device)]
         counts_2Q[0].index_add_(0, at_query, -(~(skipped >= target_Q1[at_query, 0])).long())
         counts_2Q[1].index_add_(0, at_query, -(skipped == target_Q1[at_query, 0]).long())
-    above_Q, equal_Q = comm.sum(counts_2Q).cpu().numpy()
-    return 1 + above_Q + equal_Q / 2
+    return counts_2Q
+
+
+def _rank_pass(
+    queries: Queries,
+    phase_of: Callable[[Tensor], Tensor],
+    shard: Vectors,
+    known: Answers,
+    comm: Comm,
+    sizes: tuple[int, int, bool],
+    show: Callable[[int], None],
+) -> np.ndarray:
+    """Ranks of as many queries as fit in memory: their vectors first, then one pass over the rows."""
+    (query_block, tile_rows, compiled), total = sizes, len(queries.source)
+    # An owner fills its rows, a sum spreads them (x + 0 is x).
+    both_ND = comm.sum(shard.pick(np.concatenate([queries.source, queries.target])))
+    blocks = []
+    for start in range(0, total, query_block):
+        # The last block is filled up with repeats of its first query: one shape, one compiled kernel.
+        index = np.arange(start, start + query_block)
+        index = np.where(index < total, index, start)
+        phase_QC = phase_of(torch.from_numpy(queries.relation[index]).to(both_ND.device))
+        both_2QD = both_ND[torch.from_numpy(np.concatenate([index, total + index])).to(both_ND.device)]
+        blocks.append(_make_block(queries.take(index), phase_QC, both_2QD, shard, known, tile_rows, compiled))
+    counts_2N = torch.zeros(2, len(blocks) * query_block, dtype=torch.int64, device=both_ND.device)
+    for number, piece in enumerate(shard.pieces()):
+        for turn, block in enumerate(blocks):
+            at = slice(turn * query_block, (turn + 1) * query_block)
+            counts_2N[:, at] += count_block(block, piece, piece.first - shard.first, tile_rows, compiled)
+            show(total * number // shard.num_pieces + min(at.stop, total) // shard.num_pieces)
+    above_N, equal_N = comm.sum(counts_2N)[:, :total].cpu().numpy()
+    return np.asarray(1 + above_N + equal_N / 2)
 
 
 def rank_queries(
     queries: Queries,
     phase_of: Callable[[Tensor], Tensor],
-    shard: RowShard,
+    shard: Vectors,
     known: Answers,
     comm: Comm,
     *,
@@ -143,24 +222,27 @@ def rank_queries(
     compiled: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """(Q,) float64 filtered ranks of any number of queries, in blocks of one shape; collective.
+    """(Q,) float64 filtered ranks of any number of queries, the same on every rank; collective.
 
     Args:
+        queries: the same on every rank.
         phase_of: relation ids (n,) to phases (n, C).
+        shard: this rank's vectors.
+        known: answers that do not compete with the target.
+        query_block: queries scored at once; at most tile_rows count.
+        tile_rows: entities scored at once.
+        compiled: fused kernel or plain form.
         progress: called with (queries done, of how many) after each block.
-        The other arguments are those of `rank_block`.
     """
     query_block = min(query_block, tile_rows)
-    ranks = []
-    total = len(queries.source)
+    ranks, total = [], len(queries.source)
     with torch.inference_mode():
-        for start in range(0, total, query_block):
-            # The last block is filled up with repeats of its first query: one shape, one compiled kernel.
-            index = np.arange(start, start + query_block)
-            block = queries.take(np.where(index < total, index, start))
-            phase_QC = phase_of(torch.from_numpy(block.relation).to(shard.z_rD.device))
-            rank_Q = rank_block(block, phase_QC, shard, known, comm, tile_rows, compiled)
-            ranks.append(rank_Q[index < total])
-            if progress is not None:
-                progress(min(start + query_block, total), total)
+        for start in range(0, total, _PASS_QUERIES):
+
+            def show(done: int, before: int = start) -> None:
+                if progress is not None:
+                    progress(before + done, total)
+
+            some = queries.take(slice(start, start + _PASS_QUERIES))
+            ranks.append(_rank_pass(some, phase_of, shard, known, comm, (query_block, tile_rows, compiled), show))
     return np.concatenate(ranks) if ranks else np.zeros(0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.exchange import Route, plan_route
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
+from mocme_dist.training.encode import EntityEncoder
 from mocme_dist.training.engine import make_engine
 from mocme_dist.training.log import Progress
 from mocme_dist.training.step import EntityInput, PhaseTimer, StepModule
@@ -172,40 +172,25 @@ class Worker:
         held_out_V = (rows_V + self.first) % 2 == 1
         return EntityInput(raw, torch.stack(present), held_out_V)
 
-    def _blocks(self) -> Iterator[tuple[int, int, int]]:
-        """Encoding blocks: (first id of the block, local begin, local end).
-
-        Blocks lie at multiples of their size whatever the range of this rank, and are always encoded whole: a row
-        meets the same kernels at every world size, so ranks are equal bit for bit.
-        """
-        size = self._block_rows()
-        for block in range(self.first // size, -(-self.last // size) if self.last > self.first else 0):
-            yield block * size, max(self.first, block * size) - self.first, min(self.last, (block + 1) * size) - self.first
-
-    def _block_rows(self) -> int:
-        return block_rows(self.config, self.dataset.num_entities)
+    def _encoder(self) -> EntityEncoder:
+        size = block_rows(self.config, self.dataset.num_entities)
+        piece_rows = self.config.evaluation.vectors_mb * 2**20 // (4 * self.config.experts.width)
+        inputs = lambda rows: self.inputs(rows, self.table.rows_rD[rows])  # noqa: E731
+        return EntityEncoder(self.model, inputs, self.partition, self.comm.rank, size, piece_rows, self.comm.device)
 
     def encode_rows(self) -> RowShard:
-        """Fused vectors of this rank's entities; not collective but under ZeRO-3, where every rank must call it."""
+        """Fused vectors of this rank's entities, all in memory; not collective but under ZeRO-3, where every rank must call it."""
         self.model.eval()
-        size = self._block_rows()
-        z_rD = torch.empty(self.last - self.first, self.config.experts.width, device=self.comm.device)
-        weights = []
-        blocks = list(self._blocks())
-        # Under ZeRO-3 parameters are gathered by all ranks together: all must run as many blocks.
-        rounds = max(self.comm.gather(len(blocks)))
-        with torch.no_grad():
-            for turn in range(rounds):
-                start, begin, end = blocks[turn] if turn < len(blocks) else (self.first, 0, 0)
-                rows = torch.arange(begin, end, device=self.comm.device)
-                entities = self.inputs(rows, self.table.rows_rD[rows])
-                offset = begin + self.first - start
-                fused = self.model.encode(*pad_block(entities, offset, size))
-                z_rD[begin:end] = fused.z_VD[offset : offset + end - begin]
-                weights.append(fused.inter_VM[offset : offset + end - begin])
+        encoder = self._encoder()
+        shard = encoder.whole()
         self.model.train()
-        self.modality_weights = torch.cat(weights) if weights else torch.empty(0, len(self.modalities))
-        return RowShard(z_rD, self.first)
+        self.modality_weights = encoder.weights_rM
+        return shard
+
+    def _check_finite(self, finite: bool) -> None:
+        if self.comm.any(not finite):
+            # Nothing is nearer than NaN: the ranks would say nothing.
+            raise DivergedError("the entities' vectors are not finite; lower train.learning_rate or entities.learning_rate")
 
     def evaluate(self, split: str, limit: int = 0, show: bool = False) -> dict[str, Any]:
         """Exact filtered metrics of a split, the same on every rank; collective.
@@ -219,10 +204,11 @@ class Worker:
         """
         queries = split_queries(self.dataset.triples(split), limit)
         progress = Progress(f"evaluate {split}", len(queries.source), show and self.comm.rank == 0)
-        shard = self.encode_rows()
-        if self.comm.any(not bool(torch.isfinite(shard.z_rD).all())):
-            # Nothing is nearer than NaN: the ranks would all be 1.
-            raise DivergedError("the entities' vectors are not finite; lower train.learning_rate or entities.learning_rate")
+        encoder = self._encoder()
+        shard = self.encode_rows() if encoder.num_pieces == 1 else encoder
+        if isinstance(shard, RowShard):
+            self._check_finite(bool(torch.isfinite(shard.z_rD).all()))
+        self.model.eval()
         ranks = rank_queries(
             queries,
             self.model.relations,
@@ -234,6 +220,10 @@ class Worker:
             compiled=self.compiled,
             progress=lambda done, _: progress(done),
         )
+        self.model.train()
+        if encoder.num_pieces > 1:
+            self._check_finite(encoder.finite)
+            self.modality_weights = encoder.weights_rM
         sampled = {"sampled_of": 2 * len(self.dataset.triples(split))} if len(queries.source) < 2 * len(self.dataset.triples(split)) else {}
         return report(split, np.asarray(ranks), queries.direction, **sampled)
 
@@ -241,14 +231,6 @@ class Worker:
 def block_rows(config: Config, num_entities: int) -> int:
     """Entities that are encoded together: blocks lie at multiples of this, and are always encoded whole."""
     return min(config.evaluation.encode_rows, -(-num_entities // 64) * 64)
-
-
-def pad_block(entities: EntityInput, offset: int, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The entities at `offset` of a block of `size` rows; the other rows are absent zeros."""
-    after = size - offset - len(entities.held_out_V)
-    pad_rows = lambda value: torch.nn.functional.pad(value, (0, 0, offset, after))  # noqa: E731
-    raw = {name: pad_rows(value) for name, value in entities.raw.items()}
-    return raw, torch.nn.functional.pad(entities.present_MV, (offset, after)), torch.nn.functional.pad(entities.held_out_V, (offset, after))
 
 
 def model_settings(config: Config) -> ModelSettings:

@@ -1,0 +1,122 @@
+"""Fused vectors of all entities of a rank, for ranking: held whole where they fit, else made a piece at a time.
+
+Encoding blocks lie at multiples of their size whatever the range of a rank, and are always encoded whole: a row meets
+the same kernels at every world size and in either form, so ranks are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocme_dist.evaluation.ranking import RowShard
+from mocme_dist.model.mocme import MoCME
+from mocme_dist.partition import RowPartition
+from mocme_dist.training.step import EntityInput
+
+
+class EntityEncoder:
+    """Encodes a rank's rows block by block; a `Vectors` for ranking that never holds all of them.
+
+    Args:
+        model: in evaluation mode while it is used.
+        inputs: local rows (V,) to what encoding needs.
+        partition, rank: whose rows.
+        block_rows: entities encoded at once.
+        piece_rows: at most so many vectors are held, at least one block.
+        width: D. device: where they are.
+
+    Attributes:
+        finite: whether all vectors made so far were finite.
+        weights_rM: modality weights of the rows, after a pass over the pieces.
+    """
+
+    def __init__(
+        self,
+        model: MoCME,
+        inputs: Callable[[Tensor], EntityInput],
+        partition: RowPartition,
+        rank: int,
+        block_rows: int,
+        piece_rows: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.inputs, self.device = model, inputs, device
+        self.first, self.last = partition.bounds(rank)
+        self.num_rows = self.last - self.first
+        self.block_rows = block_rows
+        # Under ZeRO-3 parameters are gathered by all ranks together: all must run as many blocks.
+        self.rounds = max(len(self._blocks(*partition.bounds(part))) for part in range(partition.num_parts))
+        self.together = any(hasattr(p, "ds_id") for p in model.parameters())
+        self.piece_blocks = max(1, piece_rows // block_rows)
+        self.num_pieces = -(-self.rounds // self.piece_blocks)
+        self.finite = True
+        self.weights_rM = torch.empty(0, len(model.modalities))
+
+    def _blocks(self, first: int, last: int) -> range:
+        """Numbers of the blocks that hold ids of [first, last)."""
+        return range(first // self.block_rows, -(-last // self.block_rows)) if last > first else range(0)
+
+    def _bounds(self, turn: int) -> tuple[int, int, int]:
+        """The turn-th block here: (first id of the block, local begin, local end); empty behind the last one."""
+        blocks = self._blocks(self.first, self.last)
+        if turn >= len(blocks):
+            return self.first, self.num_rows, self.num_rows
+        start = blocks[turn] * self.block_rows
+        return start, max(self.first, start) - self.first, min(self.last, start + self.block_rows) - self.first
+
+    def _encode(self, turn: int) -> tuple[Tensor, Tensor]:
+        """Vectors and modality weights of this rank's rows in its turn-th block."""
+        start, begin, end = self._bounds(turn)
+        offset = begin + self.first - start if end > begin else 0
+        # Ranking runs in inference mode; what ZeRO-3 gathers in it could not be trained with afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = torch.arange(begin, end, device=self.device)
+            fused = self.model.encode(*pad_block(self.inputs(rows), offset, self.block_rows))
+        here = slice(offset, offset + end - begin)
+        self.finite = self.finite and bool(torch.isfinite(fused.z_VD[here]).all())
+        return fused.z_VD[here], fused.inter_VM[here]
+
+    def whole(self) -> RowShard:
+        """All vectors of this rank in memory."""
+        z_rD = torch.empty(self.num_rows, self.model.settings.width, device=self.device)
+        for piece in self._pieces(range(self.rounds), 1):
+            z_rD[piece.first - self.first :][: piece.num_rows] = piece.z_rD
+        return RowShard(z_rD, self.first)
+
+    def pieces(self) -> Iterator[RowShard]:
+        """See `Vectors`."""
+        return self._pieces(range(self.rounds), self.piece_blocks)
+
+    def _pieces(self, turns: range, blocks: int) -> Iterator[RowShard]:
+        weights = []
+        for start in range(0, len(turns), blocks):
+            vectors = []
+            for turn in turns[start : start + blocks]:
+                z_VD, weight_VM = self._encode(turn)
+                vectors.append(z_VD)
+                weights.append(weight_VM)
+            yield RowShard(torch.cat(vectors) if len(vectors) > 1 else vectors[0], self.first + self._bounds(start)[1])
+        self.weights_rM = torch.cat(weights) if weights else self.weights_rM
+
+    def pick(self, ids_Q: np.ndarray) -> Tensor:
+        """See `Vectors`; encodes the blocks that hold the entities, each whole."""
+        out_QD = torch.zeros(len(ids_Q), self.model.settings.width, device=self.device)
+        local_Q = torch.from_numpy(ids_Q).to(self.device) - self.first
+        for turn in range(self.rounds):
+            _, begin, end = self._bounds(turn)
+            here_Q = (local_Q >= begin) & (local_Q < end)
+            if self.together or bool(here_Q.any()):
+                out_QD[here_Q] = self._encode(turn)[0][local_Q[here_Q] - begin]
+        return out_QD
+
+
+def pad_block(entities: EntityInput, offset: int, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The entities at `offset` of a block of `size` rows; the other rows are absent zeros."""
+    after = size - offset - len(entities.held_out_V)
+    pad_rows = lambda value: torch.nn.functional.pad(value, (0, 0, offset, after))  # noqa: E731
+    raw = {name: pad_rows(value) for name, value in entities.raw.items()}
+    return raw, torch.nn.functional.pad(entities.present_MV, (offset, after)), torch.nn.functional.pad(entities.held_out_V, (offset, after))
