@@ -29,7 +29,8 @@ def main() -> None:
 
     dataset = Dataset.open(Path(args.dataset_dir))
     # torch and the encoders take seconds to import: not before the data set is known to be one
-    from mocme_dist.encoders.pipeline import ENCODED, extract_features
+    from mocme_dist.encoders.build import ENCODED
+    from mocme_dist.encoders.pipeline import extract_features
     from mocme_dist.encoders.report import report_table
 
     modalities = args.modalities or [name for name in ENCODED if name in dataset.modalities]

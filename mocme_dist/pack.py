@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from mocme_dist.data.dataset import Dataset
 
 DESCRIPTION = """\
-Packs a raw folder into a data set: shards of raw texts, numbers and pictures, and the graph with its names, triples
-and known answers. RAW_DIR holds train.txt, valid.txt and test.txt (head, relation, tail with tabs between) and what
-exists of text.tsv (entity and text columns), numeric.tsv (entity, attribute, value), images.tsv (entity, file) and
-entity2id.txt; each may end in .gz. The same folder and settings give the same bytes."""
+Packs a raw folder into a data set: shards of raw texts, numbers, pictures, sounds and films, and the graph with its
+names, triples and known answers. RAW_DIR holds train.txt, valid.txt and test.txt (head, relation, tail with tabs between)
+and what exists of text.tsv (entity and text columns), numeric.tsv (entity, attribute, value), images.tsv, audio.tsv,
+video.tsv (entity, file) and entity2id.txt; each may end in .gz. The same folder and settings give the same bytes."""
 
 LEAKS = {
     "test_in_train": "test triples that occur in train",

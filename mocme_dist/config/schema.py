@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-MODALITIES = ("structure", "text", "image", "numeric")
-Modality = Literal["structure", "text", "image", "numeric"]
+MODALITIES = ("structure", "text", "image", "numeric", "audio", "video")
+Modality = Literal["structure", "text", "image", "numeric", "audio", "video"]
 
 
 class Section(BaseModel):
@@ -87,19 +87,46 @@ class NumericEncoderConfig(Section):
     max_attributes: int = Field(256, ge=1, description="The most frequent attributes kept; the rest are counted and left out.")
 
 
+class AudioEncoderConfig(Section):
+    """Frozen sound encoder; sounds are mixed to one channel and resampled first."""
+
+    model: str = Field(
+        "log_mel",
+        description="'log_mel' (statistics of the log-mel spectrum, no weights), 'transformers:FOLDER_OR_NAME', or 'module:function' "
+        "that returns a frozen encoder (see encoders/audio.py).",
+    )
+    random_weights: bool = Field(False, description="Build the transformers model with random weights (tests); said loudly.")
+    sample_rate: int = Field(16_000, ge=1_000, le=384_000, description="Samples a second that log_mel hears; models have their own.")
+    mels: int = Field(64, ge=4, le=256, description="Bands of log_mel; its features are 4 numbers a band.")
+    seconds: float = Field(30.0, gt=0, description="Only the first so many seconds of a sound are heard.")
+    max_seconds: float = Field(3600.0, gt=0, description="Sounds that last longer are refused unheard, counted as 'too long'.")
+    batch_size: int = Field(8, ge=1, description="Sounds collated together; those of equal length share a forward pass.")
+
+
+class VideoEncoderConfig(Section):
+    """Films: frames sampled evenly, each through the picture encoder of encoders.image, mean and deviation over them."""
+
+    frames: int = Field(8, ge=1, description="Frames of a film that are seen, the middles of as many equal parts; fewer if it has fewer.")
+    max_seconds: float = Field(3600.0, gt=0, description="Films that last longer are refused undecoded, counted as 'too long'.")
+    max_frames: int = Field(100_000, ge=1, description="Films of more frames are refused undecoded, counted as 'too long'.")
+    batch_size: int = Field(4, ge=1, description="Films collated together; their frames run in batches of encoders.image.batch_size.")
+
+
 class EncodersConfig(Section):
     """Frozen encoders, one section a modality, and the actors that run them."""
 
     text: TextEncoderConfig = TextEncoderConfig()
     image: ImageEncoderConfig = ImageEncoderConfig()
     numeric: NumericEncoderConfig = NumericEncoderConfig()
+    audio: AudioEncoderConfig = AudioEncoderConfig()
+    video: VideoEncoderConfig = VideoEncoderConfig()
     actors: int = Field(2, ge=1, description="Ray Data actors; each holds one encoder.")
     cpus_per_actor: float = Field(1, gt=0, description="CPUs (and torch threads) of an actor.")
     gpus_per_actor: float = Field(0, ge=0, description="GPUs of an actor; a fraction shares one.")
     dtype: Literal["float16", "float32"] = Field("float16", description="Type of feature values on disk.")
     strict: bool = Field(False, description="A sample that cannot be decoded stops the job instead of being counted as absent.")
     max_member_mb: int = Field(64, ge=1, description="Tar members above this are refused unread.")
-    max_pixels: int = Field(50_000_000, ge=1, description="Pictures above this are refused undecoded.")
+    max_pixels: int = Field(50_000_000, ge=1, description="Pictures, and films with frames, above this are refused undecoded.")
 
 
 class FeaturesConfig(Section):

@@ -22,7 +22,6 @@ from mocme_dist.errors import DataError
 CHUNK_BYTES = 1 << 22
 MAX_LINE_BYTES = 1 << 28
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-TABLES = ("text", "numeric", "images")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Texts, numbers and pictures of a raw folder on their way into shards.
+"""Texts, numbers, pictures, sounds and films of a raw folder on their way into shards.
 
 The tables come in any order and may be larger than memory. One pass over each sends its rows to temporary files, one a
 shard and modality; then every shard is built by itself. Memory is a bounded buffer and the rows of one shard.
@@ -26,6 +26,8 @@ TABLES = {
     "text": ("text.tsv", ("entity",)),
     "numeric": ("numeric.tsv", ("entity", "attribute", "value")),
     "image": ("images.tsv", ("entity", "file")),
+    "audio": ("audio.tsv", ("entity", "file")),
+    "video": ("video.tsv", ("entity", "file")),
 }
 _BUFFER_BYTES = 128 << 20
 # What a buffered row costs besides its bytes: its object and its place in a list.
@@ -155,7 +157,8 @@ class ShardBuilder:
         entries: records of the shards written so far.
         present: (E,) bool per modality, who has it.
         attributes: names of numbers that occur.
-        counts: files, replaced text cells, merged text rows, averaged numbers and repeated files.
+        files: how many pictures, sounds and films were packed, by modality.
+        counts: replaced text cells, merged text rows, averaged numbers and repeated files.
     """
 
     def __init__(self, raw: Path, partition: ShardPartition, spill: Spill, text_columns: tuple[str, ...]) -> None:
@@ -166,6 +169,7 @@ class ShardBuilder:
         self.entries: list[ShardEntry] = []
         self.present = {modality: np.zeros(partition.num_rows, dtype=bool) for modality in TABLES}
         self.attributes: set[str] = set()
+        self.files: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
 
     def write(self, directory: Path) -> None:
@@ -182,17 +186,19 @@ class ShardBuilder:
 
     def _samples(self, shard: int) -> Iterator[Sample]:
         """Samples of a shard in order of id; files are read one entity at a time."""
-        texts, numbers, files = self._texts(shard), self._numbers(shard), self._files(shard)
-        for entity in sorted({*texts, *numbers, *files}):
+        texts, numbers = self._texts(shard), self._numbers(shard)
+        files = {modality: self._files(modality, shard) for modality in SUFFIXES}
+        for entity in sorted({*texts, *numbers}.union(*files.values())):
             members: dict[str, bytes] = {}
             for modality, values in (("text", texts), ("numeric", numbers)):
                 if entity in values:
                     members[f"{modality}.json"] = json.dumps(values[entity], ensure_ascii=False, allow_nan=False).encode("utf-8")
                     self.present[modality][entity] = True
-            for number, name in enumerate(files.get(entity, ())):
-                members[f"image.{number}.{_suffix(name)}"] = self._read(name)
-                self.present["image"][entity] = True
-                self.counts["files"] += 1
+            for modality, names in files.items():
+                for number, name in enumerate(names.get(entity, ())):
+                    members[f"{modality}.{number}.{_suffix(name)}"] = self._read(name)
+                    self.present[modality][entity] = True
+                    self.files[modality] += 1
             yield Sample(entity, members)
 
     def _read(self, name: str) -> bytes:
@@ -235,10 +241,10 @@ class ShardBuilder:
             for entity, attributes in values.items()
         }
 
-    def _files(self, shard: int) -> dict[int, list[str]]:
-        """Names of an entity's pictures in the order of the table, each once."""
+    def _files(self, modality: str, shard: int) -> dict[int, list[str]]:
+        """Names of an entity's files in the order of the table, each once."""
         files: dict[int, dict[str, None]] = {}
-        for entity, row in self._spill.take("image", shard):
+        for entity, row in self._spill.take(modality, shard):
             names = files.setdefault(entity, {})
             name = row.decode("utf-8")
             self.counts["repeated_files"] += name in names

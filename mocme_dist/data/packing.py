@@ -23,6 +23,7 @@ from mocme_dist.data.files import atomic_path, sha256_file, write_json
 from mocme_dist.data.known import KnownAnswers
 from mocme_dist.data.layouts import find_file, require_file
 from mocme_dist.data.modalities import TABLES, Collected, ShardBuilder, Spill, collect
+from mocme_dist.data.shards import SUFFIXES
 from mocme_dist.data.target import is_packed, source_hash, workplace
 from mocme_dist.data.triples import Integers, KeySpace, Seen, cut_development_set, distinct, leakage, read_triples
 from mocme_dist.data.vocabulary import Names, entity_order, read_entity_file, relation_order, write_names
@@ -203,7 +204,7 @@ def _modalities(builder: ShardBuilder, collected: Collected) -> dict[str, Any]:
     extra: dict[str, dict[str, Any]] = {
         "text": {"columns": list(collected.columns.get("text", ()))},
         "numeric": {"attributes": len(builder.attributes)},
-        "image": {"files": builder.counts["files"]},
+        **{modality: {"files": builder.files[modality]} for modality in SUFFIXES},
     }
     found = {}
     for modality, present in builder.present.items():
@@ -228,7 +229,7 @@ def _report_modalities(report: dict[str, Any], builder: ShardBuilder, collected:
             log.warning("%s: %d rows of entities that are not in the graph were ignored", TABLES[modality][0], count)
     if share > data.max_missing:
         raise DataError(
-            f"{missing} of {total} entities ({100 * share:.1f} %) have no text, picture or number; expected at most "
+            f"{missing} of {total} entities ({100 * share:.1f} %) have no text, number, picture, sound or film; expected at most "
             f"{100 * data.max_missing:g} %: add their rows or raise data.max_missing"
         )
 

@@ -21,7 +21,11 @@ from mocme_dist.errors import DataError
 BLOCK = 512
 # Modalities whose members are one JSON object, and those that are numbered files with the suffixes of their formats.
 JSON_MODALITIES = ("text", "numeric")
-SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "gif", "bmp")}
+SUFFIXES = {
+    "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp"),
+    "audio": ("wav", "flac", "ogg", "oga", "opus", "mp3"),
+    "video": ("webp", "gif", "png", "apng", "mp4", "m4v", "mov", "webm", "mkv"),
+}
 _MEMBER = re.compile(
     r"(\d{12})\.("
     + "|".join([rf"{name}\.json" for name in JSON_MODALITIES] + [rf"{name}\.\d+\.(?:{'|'.join(ends)})" for name, ends in SUFFIXES.items()])
@@ -32,7 +36,7 @@ _MEMBER = re.compile(
 
 @dataclass
 class Sample:
-    """Raw bytes of one entity; `members` maps "text.json", "numeric.json", "image.0.png" ... to content."""
+    """Raw bytes of one entity; `members` maps "text.json", "numeric.json", "image.0.png", "audio.0.ogg" ... to content."""
 
     id: int
     members: dict[str, bytes] = field(default_factory=dict)

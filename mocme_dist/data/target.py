@@ -14,6 +14,7 @@ from mocme_dist.data.dataset import MANIFEST, SPLITS
 from mocme_dist.data.files import read_json, sha256_file
 from mocme_dist.data.layouts import MediaFolder, Table, find_file
 from mocme_dist.data.modalities import TABLES
+from mocme_dist.data.shards import SUFFIXES
 from mocme_dist.errors import ConfigError, LockedError
 
 # Its presence says that a packing began here and has not ended: what lies beside it is ours to remove.
@@ -28,10 +29,10 @@ def source_hash(raw: Path) -> str:
         file = find_file(raw, name)
         if file is not None:
             digest.update(f"{file.label}\t{sha256_file(file.path)}\n".encode())
-    images = find_file(raw, "images.tsv")
-    if images is not None:
-        media = MediaFolder(raw)
-        for _, fields in Table(images, ("entity", "file")).rows():
+    media = MediaFolder(raw)
+    for modality in SUFFIXES:
+        table = find_file(raw, TABLES[modality][0])
+        for _, fields in Table(table, ("entity", "file")).rows() if table is not None else ():
             size = -1
             # What is missing or forbidden is reported by the pass that packs it.
             with suppress(ValueError):

@@ -25,17 +25,15 @@ from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import part_is_complete
 from mocme_dist.data.files import read_json, write_json
 from mocme_dist.data.progress import Progress
+from mocme_dist.encoders.build import ENCODED, build_encoder, encoder_settings, with_absolute_paths
 from mocme_dist.encoders.encoder import Encoder, encoder_hash
-from mocme_dist.encoders.image import ImageEncoder, image_settings
-from mocme_dist.encoders.numeric import NumericEncoder, NumericStatistics, collect_numbers, fit_numbers, numeric_settings
+from mocme_dist.encoders.numeric import NumericStatistics, collect_numbers, fit_numbers
 from mocme_dist.encoders.report import finish_modality, timings
 from mocme_dist.encoders.shard import extract_shard
-from mocme_dist.encoders.text import TextEncoder, text_settings
 from mocme_dist.errors import ConfigError, DataError, MocmeError
 
 log = logging.getLogger(__name__)
 
-ENCODED = ("text", "image", "numeric")  # in this order; structure needs no encoder
 READ_HERE_BYTES = 1 << 30  # shards up to this much are read for their statistics sooner than actors have started
 Task = dict[str, Any]  # {"kind": a modality or "statistics", "shard": n}
 Result = dict[str, Any]
@@ -62,9 +60,9 @@ def extract_features(
     """
     wanted = _ordered(dataset, modalities)
     dataset = Dataset.open(Path(dataset.directory).absolute())  # actors start in another folder
-    encoders = _absolute(encoders)
+    encoders = with_absolute_paths(encoders)
     statistics = _numeric_statistics(dataset, encoders, text_columns, use_ray) if "numeric" in wanted else None
-    settings = {modality: _settings(modality, encoders, text_columns, statistics) for modality in wanted}
+    settings = {modality: encoder_settings(modality, encoders, text_columns, statistics) for modality in wanted}
     hashes = {modality: encoder_hash(modality, settings[modality], encoders.dtype) for modality in wanted}
     pending = {modality: _pending(dataset, modality, hashes[modality]) for modality in wanted}
     tasks = [{"kind": modality, "shard": shard} for modality in wanted for shard in pending[modality]]
@@ -136,54 +134,12 @@ class _Actor:
         return {"result": json.dumps(self.workshop.do(json.loads(row["task"])))}
 
 
-def build_encoder(
-    modality: str, encoders: EncodersConfig, text_columns: Sequence[str], statistics: NumericStatistics | None, device: str | None = None
-) -> Encoder:
-    """The encoder of a modality; on a GPU when the configuration gives actors one.
-
-    Raises:
-        ConfigError: its model, weights or package cannot be had.
-    """
-    if device is None:
-        device = "cuda" if encoders.gpus_per_actor > 0 else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"encoders.gpus_per_actor={encoders.gpus_per_actor:g}: torch sees no GPU here; set it to 0")
-    if modality == "text":
-        return TextEncoder(encoders.text, text_columns, device)
-    if modality == "image":
-        return ImageEncoder(encoders.image, encoders.max_pixels, device)
-    assert statistics is not None
-    return NumericEncoder(statistics)
-
-
-def _settings(modality: str, encoders: EncodersConfig, columns: Sequence[str], statistics: NumericStatistics | None) -> dict[str, Any]:
-    if modality == "text":
-        return text_settings(encoders.text, columns)
-    if modality == "image":
-        return image_settings(encoders.image, encoders.max_pixels)
-    assert statistics is not None
-    return numeric_settings(statistics)
-
-
 def _ordered(dataset: Dataset, modalities: Sequence[str]) -> list[str]:
     have = [name for name in ENCODED if name in dataset.modalities]
     for name in modalities:
         if name not in have:
             raise ConfigError(f"modality {name}: {dataset.directory} has no such files to encode; it has {', '.join(have) or 'none'}")
     return [name for name in have if name in modalities]
-
-
-def _absolute(encoders: EncodersConfig) -> EncodersConfig:
-    """The same configuration with local paths made absolute."""
-    text, image = encoders.text, encoders.image
-    if Path(text.model).exists():
-        text = text.model_copy(update={"model": str(Path(text.model).absolute())})
-    if image.weights is not None:
-        image = image.model_copy(update={"weights": str(Path(image.weights).absolute())})
-    kind, _, name = image.model.partition(":")
-    if kind == "transformers" and Path(name).exists():
-        image = image.model_copy(update={"model": f"transformers:{Path(name).absolute()}"})
-    return encoders.model_copy(update={"text": text, "image": image})
 
 
 # -- running tasks

@@ -108,7 +108,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         ("negatives.easy_below=0.9", "negatives: easy_below 0.9 lies above hard_from 0.8"),
         ("data.dev=cut:2", "data.dev: expected 'file' or 'cut:F' with 0 < F < 1, as in cut:0.1, got 'cut:2'"),
         ("run.resume=last", "run.resume: String should match pattern"),
-        ("modalities=[structure, txt]", "modalities: expected auto or a list of structure, text, image, numeric; wrong here: 'txt'"),
+        (
+            "modalities=[structure, txt]",
+            "expected auto or a list of structure, text, image, numeric, audio, video; wrong here: 'txt'",
+        ),
         ("modalities=[text, text]", "modalities names one twice: text, text"),
         ("modalities=[]", "modalities is empty"),
         ("train=5", "train: Input should be a valid dictionary"),

@@ -177,7 +177,8 @@ def test_entities_without_any_modality_are_limited(raw_copy, tmp_path):
     (raw_copy / "text.tsv").unlink()
     (raw_copy / "images.tsv").unlink()
     with pytest.raises(
-        DataError, match=r"\d+ of 60 entities \([\d.]+ %\) have no text, picture or number; expected at most 1 %: .* data.max_missing"
+        DataError,
+        match=r"\d+ of 60 entities \([\d.]+ %\) have no text, number, picture, sound or film; expected .* data.max_missing",
     ):
         pack(raw_copy, tmp_path / "out", max_missing=0.01)
     assert not (tmp_path / "out").exists()
@@ -367,3 +368,26 @@ def test_real_folders_pack_with_the_published_counts(shared_data, tmp_path: Path
     dataset = pack_folder(shared_data(name), tmp_path / "out", DataConfig(**settings))
     assert (dataset.num_entities, dataset.num_relations) == (entities, relations)
     assert tuple(dataset.manifest["splits"].values()) == splits
+
+
+def test_sounds_and_films_are_packed_as_pictures_are(raw_copy, tmp_path):
+    for name, content in (("a.ogg", b"sound one"), ("b.WAV", b"sound two"), ("c.mp4", b"film"), ("d.webp", b"moving")):
+        (raw_copy / name).write_bytes(content)
+    (raw_copy / "audio.tsv").write_text(
+        "entity\tfile\tseconds\nitem 00\ta.ogg\t1\nitem 00\tb.WAV\t2\nitem 00\ta.ogg\t1\nnobody\tx.ogg\t1\n"
+    )
+    (raw_copy / "video.tsv").write_text("entity\tfile\nitem 01\tc.mp4\nitem 00\td.webp\n")
+    dataset = pack(raw_copy, tmp_path / "out")
+    found = samples(dataset)
+    assert found["item 00"].members == {"audio.0.ogg": b"sound one", "audio.1.wav": b"sound two", "video.0.webp": b"moving"}
+    assert found["item 01"].members == {"video.0.mp4": b"film"}
+    assert dataset.modalities["audio"] == {"entities": 1, "files": 2} and dataset.modalities["video"] == {"entities": 2, "files": 2}
+    report = dataset.manifest["report"]
+    assert report["ignored_rows"]["audio"] == 1 and report["cleaned"]["repeated_files"] == 1
+    assert pack(raw_copy, tmp_path / "again").fingerprint == dataset.fingerprint
+    append(raw_copy / "a.ogg", b"!")
+    with pytest.raises(ConfigError, match="other raw files"):
+        pack(raw_copy, tmp_path / "out")
+    append(raw_copy / "video.tsv", "item 01\ta.ogg\n")
+    with pytest.raises(DataError, match=r"video.tsv:4: file 'a.ogg' is of an unknown kind; expected one of webp, gif, png, apng, mp4"):
+        pack(raw_copy, tmp_path / "new")

@@ -16,7 +16,8 @@ from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore
 from mocme_dist.data.progress import Progress
 from mocme_dist.encoders import pipeline
-from mocme_dist.encoders.pipeline import build_encoder, extract_features
+from mocme_dist.encoders.build import build_encoder
+from mocme_dist.encoders.pipeline import extract_features
 from mocme_dist.encoders.report import report_table
 from mocme_dist.encoders.shard import run_ahead
 from mocme_dist.errors import ConfigError, DataError

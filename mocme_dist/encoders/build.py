@@ -1,0 +1,63 @@
+"""Which encoder a modality has, from the configuration: its settings without building it, and the encoder itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocme_dist.config.schema import EncodersConfig
+from mocme_dist.encoders.encoder import Encoder
+from mocme_dist.encoders.image import ImageEncoder, image_settings
+from mocme_dist.encoders.numeric import NumericEncoder, NumericStatistics, numeric_settings
+from mocme_dist.encoders.text import TextEncoder, text_settings
+from mocme_dist.errors import ConfigError
+
+ENCODED = ("text", "image", "numeric")  # in this order; structure needs no encoder
+
+
+def build_encoder(
+    modality: str, encoders: EncodersConfig, text_columns: Sequence[str], statistics: NumericStatistics | None, device: str | None = None
+) -> Encoder:
+    """The encoder of a modality; on a GPU when the configuration gives actors one.
+
+    Raises:
+        ConfigError: its model, weights or package cannot be had.
+    """
+    if device is None:
+        device = "cuda" if encoders.gpus_per_actor > 0 else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"encoders.gpus_per_actor={encoders.gpus_per_actor:g}: torch sees no GPU here; set it to 0")
+    if modality == "text":
+        return TextEncoder(encoders.text, text_columns, device)
+    if modality == "image":
+        return ImageEncoder(encoders.image, encoders.max_pixels, device)
+    assert statistics is not None
+    return NumericEncoder(statistics)
+
+
+def encoder_settings(
+    modality: str, encoders: EncodersConfig, text_columns: Sequence[str], statistics: NumericStatistics | None
+) -> dict[str, Any]:
+    """What pins the features of a modality: equal to the `settings` of its encoder, and cheaper to have."""
+    if modality == "text":
+        return text_settings(encoders.text, text_columns)
+    if modality == "image":
+        return image_settings(encoders.image, encoders.max_pixels)
+    assert statistics is not None
+    return numeric_settings(statistics)
+
+
+def with_absolute_paths(encoders: EncodersConfig) -> EncodersConfig:
+    """The same configuration with local paths made absolute: actors start in another folder."""
+    text, image = encoders.text, encoders.image
+    if Path(text.model).exists():
+        text = text.model_copy(update={"model": str(Path(text.model).absolute())})
+    if image.weights is not None:
+        image = image.model_copy(update={"weights": str(Path(image.weights).absolute())})
+    kind, _, name = image.model.partition(":")
+    if kind == "transformers" and Path(name).exists():
+        image = image.model_copy(update={"model": f"transformers:{Path(name).absolute()}"})
+    return encoders.model_copy(update={"text": text, "image": image})
