@@ -187,6 +187,13 @@ class Worker:
         self.modality_weights = encoder.weights_rM
         return shard
 
+    def vectors_of(self, ids_Q: np.ndarray) -> Tensor:
+        """(Q, D) fused vectors of this rank's entities among `ids_Q`, zeros for others; under ZeRO-3 all ranks must call it."""
+        self.model.eval()
+        out_QD = self._encoder().pick(ids_Q)
+        self.model.train()
+        return out_QD
+
     def _check_finite(self, finite: bool) -> None:
         if self.comm.any(not finite):
             # Nothing is nearer than NaN: the ranks would say nothing.
