@@ -19,7 +19,6 @@ import torch
 
 from mocme_dist.config import Config
 from mocme_dist.model.fusion import PairInformation
-from mocme_dist.parallel.exchange import Route
 from mocme_dist.training.log import Progress, RunLog, duration, log
 from mocme_dist.training.sample import entity_roles, frequent, thumbnails
 from mocme_dist.training.step import STAT_NAMES, StepResult
@@ -77,14 +76,14 @@ class Monitor:
         """Since this process began to train."""
         return time.perf_counter() - self.started
 
-    def record(self, step: int, result: StepResult, route: Route) -> None:
+    def record(self, step: int, result: StepResult, sent_vectors: int) -> None:
         """Add a step; write when the interval is full."""
         if result.skipped:
             self.skipped += 1
             self.total_skipped += 1
         else:
             self.sums += result.sums.cpu()
-        self.sent_vectors += route.sent_vectors
+        self.sent_vectors += sent_vectors
         queries = float(self.sums[STAT_NAMES.index("queries")]) or math.nan  # all skipped: no figure, and not zero
         loss = float(self.sums[0]) / queries
         self.progress(step, f"loss {loss:.4f}")
