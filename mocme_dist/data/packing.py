@@ -6,8 +6,6 @@ buffer. What it refuses, it refuses before shards are written, and a failed pack
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,14 +17,14 @@ from numpy.typing import NDArray
 
 from mocme_dist.config.schema import DataConfig
 from mocme_dist.data.dataset import FORMAT, MANIFEST, SPLITS, Dataset
-from mocme_dist.data.files import atomic_path, sha256_file, write_json
-from mocme_dist.data.known import KnownAnswers
+from mocme_dist.data.files import write_json
+from mocme_dist.data.graph import fingerprint, write_graph
 from mocme_dist.data.layouts import find_file, require_file
 from mocme_dist.data.modalities import TABLES, Collected, ShardBuilder, Spill, collect
 from mocme_dist.data.shards import SUFFIXES
 from mocme_dist.data.target import is_packed, source_hash, workplace
 from mocme_dist.data.triples import Integers, KeySpace, Seen, cut_development_set, distinct, leakage, read_triples
-from mocme_dist.data.vocabulary import Names, entity_order, read_entity_file, relation_order, write_names
+from mocme_dist.data.vocabulary import Names, entity_order, read_entity_file, relation_order
 from mocme_dist.errors import DataError, StorageError
 from mocme_dist.partition import ShardPartition
 
@@ -84,13 +82,7 @@ def _pack(raw: Path, out: Path, work: Path, data: DataConfig, source: dict[str, 
     everything = np.concatenate(list(splits.values()))
     _divide(splits, keys, data, report, (entity_names, relation_list))
 
-    write_names(graph / "entities.parquet", entity_names)
-    write_names(graph / "relations.parquet", relation_list)
-    for split in SPLITS:
-        with atomic_path(graph / f"{split}.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, splits[split], allow_pickle=False)
-    KnownAnswers.build(splits["train"], len(relation_list)).save(graph, "train")
-    KnownAnswers.build(everything, len(relation_list)).save(graph, "all")
+    write_graph(graph, {split: splits[split] for split in SPLITS}, everything, entity_names, relation_list)
     sizes = {split: len(splits[split]) for split in SPLITS}
     splits.clear()
     del everything
@@ -114,7 +106,7 @@ def _pack(raw: Path, out: Path, work: Path, data: DataConfig, source: dict[str, 
         "shards": [asdict(entry) for entry in builder.entries],
         "report": report,
         "source": source,
-        "fingerprint": _fingerprint(graph, (entity_names, relation_list), [entry.sha256 for entry in builder.entries]),
+        "fingerprint": fingerprint(graph, (entity_names, relation_list), [entry.sha256 for entry in builder.entries]),
     }
     write_json(out / MANIFEST, manifest)
     return Dataset.open(out)
@@ -232,14 +224,3 @@ def _report_modalities(report: dict[str, Any], builder: ShardBuilder, collected:
             f"{missing} of {total} entities ({100 * share:.1f} %) have no text, number, picture, sound or film; expected at most "
             f"{100 * data.max_missing:g} %: add their rows or raise data.max_missing"
         )
-
-
-def _fingerprint(graph: Path, names: tuple[list[bytes], list[bytes]], shard_hashes: list[str]) -> str:
-    """SHA-256 over names, arrays and shards. Names enter as bytes: Parquet files differ between library versions."""
-    content = {path.name: sha256_file(path) for path in sorted(graph.glob("*.npy"))}
-    for kind, several in zip(("entities", "relations"), names, strict=True):
-        digest = hashlib.sha256()
-        for name in several:
-            digest.update(name + b"\n")
-        content[kind] = digest.hexdigest()
-    return hashlib.sha256(json.dumps([content, shard_hashes], sort_keys=True).encode()).hexdigest()
