@@ -25,6 +25,10 @@ class DataError(MocmeError):
     exit_code = 3
 
 
+class ShardError(DataError):
+    """A tar shard is cut, damaged or not the one that was packed; `on_bad_shard: skip` leaves such a shard out."""
+
+
 class CheckpointError(MocmeError):
     """A checkpoint is torn, of another run, or absent."""
 

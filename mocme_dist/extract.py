@@ -18,8 +18,19 @@ def main() -> None:
     parser.add_argument("--modalities", nargs="+", metavar="NAME", help="text, image, numeric; default: all that the data set has")
     parser.add_argument("--local", action="store_true", help="no Ray: one process (as launch.mode=local)")
     parser.add_argument("--strict", action="store_true", help="stop at the first file that cannot be decoded (as encoders.strict=true)")
+    parser.add_argument(
+        "--on-bad-shard", choices=("error", "skip"), help="a cut or changed shard stops the job, or is left out (encoders.on_bad_shard)"
+    )
+    parser.add_argument(
+        "--max-missing", type=float, metavar="SHARE", help="stop when more entities than this have no feature (data.max_missing, 1)"
+    )
     args = parser.parse_args()
-    config = config_of(args, ["encoders.strict=true"] if args.strict else [])
+    given = {
+        "encoders.strict": "true" if args.strict else None,
+        "encoders.on_bad_shard": args.on_bad_shard,
+        "data.max_missing": args.max_missing,
+    }
+    config = config_of(args, [f"{key}={value}" for key, value in given.items() if value is not None])
 
     import json
     import sys
@@ -27,7 +38,7 @@ def main() -> None:
 
     from mocme_dist.data.dataset import Dataset
 
-    dataset = Dataset.open(Path(args.dataset_dir))
+    dataset = Dataset.open(Path(args.dataset_dir), check_shards=config.encoders.on_bad_shard == "error")
     # torch and the encoders take seconds to import: not before the data set is known to be one
     from mocme_dist.encoders.build import ENCODED
     from mocme_dist.encoders.pipeline import extract_features
@@ -35,7 +46,7 @@ def main() -> None:
 
     modalities = args.modalities or [name for name in ENCODED if name in dataset.modalities]
     use_ray = not args.local and config.launch.mode == "ray"
-    report = extract_features(dataset, config.encoders, config.data.text_columns, modalities, use_ray)
+    report = extract_features(dataset, config.encoders, config.data.text_columns, modalities, use_ray, config.data.max_missing)
     print(report_table(report), file=sys.stderr)
     print(json.dumps(report, ensure_ascii=False))
 

@@ -60,7 +60,7 @@ def prepare_data(config: Config) -> None:
         use_ray = config.launch.mode == "ray"
         if use_ray:
             start_ray(config)  # with room for the training too; extraction by itself would start a smaller one
-        extract_features(dataset, config.encoders, config.data.text_columns, wanted, use_ray=use_ray)
+        extract_features(dataset, config.encoders, config.data.text_columns, wanted, use_ray, config.data.max_missing)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -97,8 +97,14 @@ def main() -> None:
     """Parse, train, print the report."""
     parser = command_parser("train", DESCRIPTION)
     parser.add_argument("--resume", metavar="auto|STEP|none", help="which checkpoint to go on from (default auto: the newest valid one)")
+    parser.add_argument(
+        "--on-bad-feature",
+        choices=("error", "mask"),
+        help="stored features that are not finite stop the run or count as absent (features.on_bad)",
+    )
     args = parser.parse_args()
-    config = resolve_paths(config_of(args, [f'run.resume="{args.resume}"'] if args.resume else []))
+    given = {"run.resume": args.resume and f'"{args.resume}"', "features.on_bad": args.on_bad_feature}
+    config = resolve_paths(config_of(args, [f"{key}={value}" for key, value in given.items() if value is not None]))
     report = train(config)
     from mocme_dist.training.launch import is_follower
 

@@ -125,7 +125,10 @@ class EncodersConfig(Section):
     gpus_per_actor: float = Field(0, ge=0, description="GPUs of an actor; a fraction shares one.")
     dtype: Literal["float16", "float32"] = Field("float16", description="Type of feature values on disk.")
     strict: bool = Field(False, description="A sample that cannot be decoded stops the job instead of being counted as absent.")
-    max_member_mb: int = Field(64, ge=1, description="Tar members above this are refused unread.")
+    on_bad_shard: Literal["error", "skip"] = Field(
+        "error", description="A shard that is cut or changed stops the job, or its entities are absent and the next run tries it again."
+    )
+    max_member_mb: int = Field(64, ge=1, description="Files above this are left unread and counted as 'too large'.")
     max_pixels: int = Field(50_000_000, ge=1, description="Pictures, and films with frames, above this are refused undecoded.")
 
 
@@ -133,6 +136,9 @@ class FeaturesConfig(Section):
     """How a rank holds the features of its entities while training."""
 
     residency: Literal["host", "device", "mmap"] = Field("host", description="Host memory, device memory, or mapped from disk.")
+    on_bad: Literal["error", "mask"] = Field(
+        "error", description="Stored values that are not finite stop the run, or make their entities absent with a warning."
+    )
 
 
 class EntitiesConfig(Section):

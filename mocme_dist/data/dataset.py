@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from mocme_dist.data.files import read_json
 from mocme_dist.data.known import KnownAnswers, load_integers
-from mocme_dist.data.shards import Sample, ShardEntry, read_shard, shard_name
-from mocme_dist.errors import DataError
+from mocme_dist.data.shards import Member, Sample, ShardEntry, damage, read_members, read_shard, shard_name
+from mocme_dist.errors import DataError, ShardError
 from mocme_dist.partition import ShardPartition
 
 FORMAT = 1
@@ -48,8 +48,12 @@ class Dataset:
         self.fingerprint: str = manifest["fingerprint"]
 
     @classmethod
-    def open(cls, directory: Path) -> Dataset:
+    def open(cls, directory: Path, check_shards: bool = True) -> Dataset:
         """Open a packed folder.
+
+        Args:
+            directory: what `pack` wrote.
+            check_shards: compare the shards' sizes; who reads every shard anyway, or none, does without.
 
         Raises:
             DataError: it is not there, was not finished, or a shard is missing or has another size.
@@ -68,38 +72,45 @@ class Dataset:
             dataset = cls(directory, manifest)
         except (TypeError, ValueError) as error:
             raise DataError(f"{path.absolute()}: damaged ({error}); pack the data set again") from None
-        dataset._check_shards()
+        dataset._check_names()
+        if check_shards:
+            for shard, entry in enumerate(dataset.entries):
+                if (wrong := damage(dataset.shard_path(shard), entry)) is not None:
+                    raise ShardError(wrong)
         return dataset
 
-    def _check_shards(self) -> None:
+    def _check_names(self) -> None:
         if [entry.name for entry in self.entries] != [shard_name(shard) for shard in range(self.shards.num_shards)]:
             raise DataError(
                 f"{self.directory.absolute()}: the manifest lists {len(self.entries)} shards, expected {self.shards.num_shards} by number"
             )
-        for shard, entry in enumerate(self.entries):
-            path = self.shard_path(shard)
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry.bytes:
-                found = "not found" if size is None else f"{size:,} bytes, the manifest says {entry.bytes:,}"
-                raise DataError(f"{path.absolute()}: {found}; pack the data set again")
 
     def shard_path(self, shard: int) -> Path:
         """Where a shard's tar file lies."""
         return self.directory / "shards" / shard_name(shard)
 
-    def read_samples(self, shard: int, max_member_bytes: int) -> Iterator[Sample]:
+    def read_samples(self, shard: int, max_member_bytes: int, modality: str | None = None) -> Iterator[Sample]:
         """Verified samples of a shard, ascending by id; entities without any modality have none.
 
         Raises:
-            DataError: see `read_shard`; also a key outside the shard's id range, so no entity is in two shards.
+            ShardError: see `read_shard`; also a key outside the shard's id range, so no entity is in two shards.
         """
-        first, last = self.shards.bounds(shard)
-        for sample in read_shard(self.shard_path(shard), self.entries[shard], max_member_bytes):
-            if not first <= sample.id < last:
-                raise DataError(
-                    f"{shard_name(shard)}: key {sample.id:012d} lies outside the shard's ids [{first}, {last}); pack the data set again"
-                )
+        for sample in read_shard(self.shard_path(shard), self.entries[shard], max_member_bytes, modality):
+            self._check_id(shard, sample.id)
             yield sample
+
+    def read_members(self, shard: int, max_member_bytes: int, modality: str) -> Iterator[Member]:
+        """The same file by file, of one modality: memory is that of one file, however many an entity has."""
+        for member in read_members(self.shard_path(shard), self.entries[shard], max_member_bytes, modality):
+            self._check_id(shard, member.id)
+            yield member
+
+    def _check_id(self, shard: int, entity: int) -> None:
+        first, last = self.shards.bounds(shard)
+        if not first <= entity < last:
+            raise ShardError(
+                f"{shard_name(shard)}: key {entity:012d} lies outside the shard's ids [{first}, {last}); pack the data set again"
+            )
 
     def triples(self, split: str) -> NDArray[np.int64]:
         """(n, 3) head, relation, tail of "train", "valid" or "test", memory-mapped.

@@ -8,6 +8,7 @@ done when its JSON is there, which is written last.
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocme_dist.data.files import read_json, sha256_file, write_bytes, write_json
-from mocme_dist.data.tensors import map_tensors
+from mocme_dist.data.files import atomic_path, read_json, sha256_file, write_json
+from mocme_dist.data.tensors import map_tensors, tensor_bytes
 from mocme_dist.errors import DataError, ShapeError
 from mocme_dist.partition import ShardPartition
+
+log = logging.getLogger(__name__)
 
 FEATURES_FORMAT = 1
 _TORCH = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32}
@@ -41,25 +44,39 @@ def write_part(directory: Path, shard: int, values: NDArray[Any], present: NDArr
         shard: number of the shard.
         values: (num_present, F) float16 or float32, in order of id.
         present: (rows,) bool or uint8, one for every id of the shard.
-        stats: `failed` {cause: count}, `examples`, `input_sha256`, `encoder_hash`, and whatever else is worth keeping.
+        stats: `failed` {cause: count}, `examples`, `input_sha256`, `encoder_hash`; `bad_shard`, a message, where the shard
+            could not be read and all its entities are absent.
 
     Raises:
         ShapeError: the arrays do not fit together.
     """
-    from safetensors.numpy import save
-
     mask = np.ascontiguousarray(present, dtype=bool)
     if values.ndim != 2 or values.dtype not in _TORCH or mask.ndim != 1 or len(values) != mask.sum():
         raise ShapeError(
             f"write_part: values {values.shape} {values.dtype}, {mask.sum()} of {len(mask)} rows present; expected (present, F) float16/32"
         )
-    content = save({"values": np.ascontiguousarray(values), "present": mask.astype(np.uint8)})
     path = part_path(directory, shard)
-    # A rerun that is killed between the two files must not leave the old JSON beside new values.
-    path.with_suffix(".json").unlink(missing_ok=True)
-    write_bytes(path, content)
+    content = tensor_bytes({"values": values, "present": mask.astype(np.uint8)}, {})
+    digest = hashlib.sha256()
+    for piece in content:
+        digest.update(piece)
     counts = {"shard": shard, "rows": len(mask), "present": len(values), "absent": len(mask) - len(values)}
-    write_json(path.with_suffix(".json"), {**counts, **stats, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)})
+    size = sum(piece.nbytes for piece in content)
+    record = {**counts, **stats, "sha256": digest.hexdigest(), "bytes": size}
+    # Another run may have finished this very part, and read its JSON now; only that of other values must go before them.
+    if not _says(path.with_suffix(".json"), record):
+        path.with_suffix(".json").unlink(missing_ok=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for piece in content:
+            file.write(piece)
+    write_json(path.with_suffix(".json"), record)
+
+
+def _says(path: Path, record: dict[str, Any]) -> bool:
+    try:
+        return bool(read_json(path) == record)
+    except DataError:
+        return False
 
 
 def part_is_complete(directory: Path, shard: int, input_sha256: str, encoder_hash: str) -> bool:
@@ -71,6 +88,7 @@ def part_is_complete(directory: Path, shard: int, input_sha256: str, encoder_has
             stats["input_sha256"] == input_sha256
             and stats["encoder_hash"] == encoder_hash
             and stats["shard"] == shard
+            and "bad_shard" not in stats  # left out for want of a good shard: tried again by every run
             and path.stat().st_size == stats["bytes"]
         )
     except (DataError, OSError, KeyError, TypeError):
@@ -79,9 +97,10 @@ def part_is_complete(directory: Path, shard: int, input_sha256: str, encoder_has
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of one part that a store wants: memory-mapped values of the present ones, and who is present."""
+    """The rows of one part that a store wants: memory-mapped values, who has a row in them, and who counts as present."""
 
     values: NDArray[Any]
+    stored: NDArray[np.bool_]
     present: NDArray[np.bool_]
 
 
@@ -103,11 +122,12 @@ class FeatureStore:
         self._device = torch.device(device)
         self._residency = residency
         present = np.concatenate([part.present for part in parts] or [np.zeros(0, bool)])
+        stored = np.concatenate([part.stored for part in parts] or [np.zeros(0, bool)])
         self.num_rows = len(present)
         home = self._device if residency == "device" else torch.device("cpu")
         self._present = torch.from_numpy(present).to(home)
-        # Where each row's values lie among those of the present rows; rows without values point at a neighbour.
-        self._index = (torch.from_numpy(np.cumsum(present, dtype=np.int64)) - 1).clamp_(min=0).to(home)
+        # Where each row's values lie among those that are stored; rows without values point at a neighbour.
+        self._index = (torch.from_numpy(np.cumsum(stored, dtype=np.int64)) - 1).clamp_(min=0).to(home)
         self._maps = [part.values for part in parts] if residency == "mmap" else []
         self._starts = np.cumsum([0] + [len(part.values) for part in parts])
         self._values = torch.empty((0, width))
@@ -119,7 +139,16 @@ class FeatureStore:
                 self._values[start : start + len(part.values)] = torch.from_numpy(np.array(part.values))
 
     @classmethod
-    def open(cls, dataset_dir: Path, modality: str, first: int, last: int, residency: str = "host", device: str = "cpu") -> FeatureStore:
+    def open(
+        cls,
+        dataset_dir: Path,
+        modality: str,
+        first: int,
+        last: int,
+        residency: str = "host",
+        device: str = "cpu",
+        on_bad_feature: str = "error",
+    ) -> FeatureStore:
         """Open the parts that overlap ids [first, last).
 
         Args:
@@ -128,6 +157,7 @@ class FeatureStore:
             first, last: id range, as a rank's `RowPartition.bounds`.
             residency: "host", "device" or "mmap".
             device: where `gather` puts its results.
+            on_bad_feature: what values that are not finite do: "error" stops, "mask" makes their entities absent and warns.
 
         Raises:
             DataError: features are missing, of other rows or another encoder, torn, or hold values that are not finite.
@@ -138,7 +168,7 @@ class FeatureStore:
         if not 0 <= first <= last <= partition.num_rows:
             raise ShapeError(f"FeatureStore: rows [{first}, {last}) of {partition.num_rows}")
         parts = [
-            _open_part(directory, shard, partition.bounds(shard), (start, stop), manifest)
+            _open_part(directory, shard, partition.bounds(shard), (start, stop), manifest, on_bad_feature)
             for shard, start, stop in partition.overlapping(first, last)
         ]
         return cls(modality, manifest["width"], parts, residency, device)
@@ -204,7 +234,9 @@ def _checked_manifest(dataset_dir: Path, directory: Path) -> dict[str, Any]:
     return checked
 
 
-def _open_part(directory: Path, shard: int, bounds: tuple[int, int], wanted: tuple[int, int], manifest: dict[str, Any]) -> _Part:
+def _open_part(
+    directory: Path, shard: int, bounds: tuple[int, int], wanted: tuple[int, int], manifest: dict[str, Any], on_bad_feature: str
+) -> _Part:
     """Map one part and cut out the ids [wanted[0], wanted[1]), after checking it whole."""
     path = part_path(directory, shard)
     again = "delete it and run python -m mocme_dist.extract again"
@@ -229,23 +261,34 @@ def _open_part(directory: Path, shard: int, bounds: tuple[int, int], wanted: tup
             f"{path.absolute()}: values {values.shape} {values.dtype} and present {mask.shape}, expected {bounds[1] - bounds[0]} rows "
             f"of width {manifest['width']}; {again}"
         )
-    _check_finite(values, mask, bounds[0], directory.name, path)
+    if "bad_shard" in stats:
+        log.warning("%s: shard %d could not be read when features were made: its entities are absent", directory.name, shard)
     low, high = wanted[0] - bounds[0], wanted[1] - bounds[0]
     start, stop = int(mask[:low].sum()), int(mask[:high].sum())
-    return _Part(values[start:stop], mask[low:high])
+    present = _finite(values, mask, bounds[0], directory.name, path, on_bad_feature)
+    return _Part(values[start:stop], mask[low:high], present[low:high])
 
 
-def _check_finite(values: NDArray[Any], mask: NDArray[np.bool_], first_id: int, modality: str, path: Path) -> None:
+def _finite(
+    values: NDArray[Any], mask: NDArray[np.bool_], first_id: int, modality: str, path: Path, on_bad_feature: str
+) -> NDArray[np.bool_]:
+    """Who is present with finite values; others are an error, or absent with a warning."""
     step = max(1, _SCAN // max(1, values.shape[1]))
-    bad, entity = 0, -1
+    bad, good = 0, np.ones(len(values), dtype=bool)
     for start in range(0, len(values), step):
         wrong = ~np.isfinite(values[start : start + step])
-        if wrong.any():
-            if entity < 0:
-                entity = first_id + int(np.flatnonzero(mask)[start + int(np.flatnonzero(wrong.any(axis=1))[0])])
-            bad += int(wrong.sum())
-    if bad:
+        good[start : start + step] = ~wrong.any(axis=1)
+        bad += int(wrong.sum())
+    if not bad:
+        return mask
+    entities = first_id + np.flatnonzero(mask)[~good]
+    found = f"{path.name}: {bad} values of modality {modality} are not finite, the first at entity {entities[0]} (key {entities[0]:012d})"
+    if on_bad_feature == "error":
         raise DataError(
-            f"{path.name}: {bad} values of modality {modality} are not finite, the first at entity {entity} (key {entity:012d}); "
-            "mend its raw file or the encoder, delete the part and run python -m mocme_dist.extract again"
+            f"{found}; mend its raw file or the encoder, delete the part and run python -m mocme_dist.extract again, "
+            "or let such entities be absent with --on-bad-feature=mask (features.on_bad)"
         )
+    log.warning("%s: %d entities are absent in this modality", found, len(entities))
+    present = mask.copy()
+    present[np.flatnonzero(mask)] = good
+    return present

@@ -1,13 +1,15 @@
 """Tar shards of entities: written with webdataset, read strictly.
 
 A shard holds the samples of one id range. A member is KEY.SUFFIX: KEY is the entity's id in 12 digits, SUFFIX one of
-a short list. Writing is deterministic byte for byte. Reading trusts nothing: a cut file, a foreign member, a link or
-a member above the limit is a `DataError` that names the shard and the byte, and nothing is ever unpacked to disk.
+a short list. Writing is deterministic byte for byte. Reading trusts nothing: a cut file, a foreign member or a link is
+a `ShardError` that names the shard and the byte, a member above the limit is left unread, and nothing is ever unpacked
+to disk.
 Another modality joins by a line in SUFFIXES; the format stays.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -16,9 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mocme_dist.data.files import atomic_path, sha256_file
-from mocme_dist.errors import DataError
+from mocme_dist.errors import DataError, ShardError
 
 BLOCK = 512
+_ADVICE = "restore it or pack it again, or leave its entities out with --on-bad-shard=skip"
+_PIECE = 1 << 20  # what is passed over is read in pieces of so many bytes
 # Modalities whose members are one JSON object, and those that are numbered files with the suffixes of their formats.
 JSON_MODALITIES = ("text", "numeric")
 SUFFIXES = {
@@ -36,14 +40,25 @@ _MEMBER = re.compile(
 
 @dataclass
 class Sample:
-    """Raw bytes of one entity; `members` maps "text.json", "numeric.json", "image.0.png", "audio.0.ogg" ... to content."""
+    """Raw bytes of one entity; `members` maps "text.json", "numeric.json", "image.0.png" ... to content, `oversized` to bytes."""
 
     id: int
     members: dict[str, bytes] = field(default_factory=dict)
+    oversized: dict[str, int] = field(default_factory=dict)
 
     def files(self, modality: str) -> list[bytes]:
         """Contents of the numbered members of `modality`, in the order of their numbers."""
         return [content for name, content in self.members.items() if name.startswith(modality + ".") and not name.endswith(".json")]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of an entity, as "image.0.png"; without content when it is above the reader's limit."""
+
+    id: int
+    name: str
+    size: int
+    content: bytes | None
 
 
 @dataclass(frozen=True)
@@ -87,69 +102,77 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardEntry:
     return ShardEntry(path.name, count, path.stat().st_size, sha256_file(path))
 
 
-def read_shard(path: Path, entry: ShardEntry | None, max_member_bytes: int) -> Iterator[Sample]:
-    """The samples of a shard, one in memory at a time, in ascending order of id.
+def read_members(path: Path, entry: ShardEntry | None, max_member_bytes: int, modality: str | None = None) -> Iterator[Member]:
+    """The members of a shard in the order of the file, one in memory at a time; one pass reads, checks and hashes.
+
+    What a shard gave counts only once the iterator has ended: the hash is known then.
 
     Args:
         path: a plain file.
-        entry: the manifest's record; size and SHA-256 are compared before the first sample, the count after the last.
+        entry: the manifest's record; the size is compared at first, count and SHA-256 after the last member.
             None reads what is there, which must be at least one sample.
-        max_member_bytes: a larger member is refused unread.
+        max_member_bytes: a larger member comes without its content.
+        modality: only its members; those of others are passed over.
 
     Raises:
-        DataError: the file is missing, cut, not a tar, differs from `entry`, or holds a member that does not belong.
+        ShardError: the file is missing, cut, not a tar, differs from `entry`, or holds a member that does not belong.
     """
     if not path.is_file():
-        raise DataError(f"{path.absolute()}: shard not found")
-    if entry is not None:
-        verify_shard(path, entry)
-    count = 0
-    with path.open("rb") as file:
-        for sample in _samples(_members(file, path, max_member_bytes), path.name):
-            count += 1
-            yield sample
-    if count != (entry.samples if entry else max(count, 1)):
-        raise DataError(f"{path.name}: {count} samples, {f'the manifest says {entry.samples}' if entry else 'expected at least one'}")
+        raise ShardError(f"{path.absolute()}: shard not found; {_ADVICE}")
+    walk = _Walk(path, max_member_bytes, modality, hashing=entry is not None)
+    try:
+        if entry is not None and path.stat().st_size != entry.bytes:
+            walk = _Walk(path, max_member_bytes, "", hashing=False)
+            for _ in walk.members():
+                pass  # how far it can be read tells how much is lost
+            raise ShardError(f"{path.name}: readable to its end")
+        yield from walk.members()
+        if walk.samples != (entry.samples if entry else max(walk.samples, 1)):
+            raise ShardError(f"{path.name}: {walk.samples} samples, {'another count' if entry else 'expected at least one'}")
+        if entry is not None and walk.sha256 != entry.sha256:
+            raise ShardError(f"{path.name}: another content")
+    except ShardError as error:
+        raise (ShardError(_damage(path, entry, walk, error)) if entry is not None else error) from None
+    except OSError as error:
+        raise ShardError(f"{path.absolute()}: cannot be read: {error.strerror or error}; {_ADVICE}") from None
 
 
-def verify_shard(path: Path, entry: ShardEntry) -> None:
-    """Compare a shard's size and SHA-256 with the manifest's.
+def read_shard(path: Path, entry: ShardEntry | None, max_member_bytes: int, modality: str | None = None) -> Iterator[Sample]:
+    """The members of `read_members` by sample, one sample in memory at a time, in ascending order of id.
 
-    Raises:
-        DataError: they differ.
+    A sample appears when one of its members is of `modality`; members above the limit are in `oversized`.
     """
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise DataError(
-            f"{path.name}: {size:,} bytes, the manifest says {entry.bytes:,} with {entry.samples} samples; the shard is torn, pack it again"
-        )
-    found = sha256_file(path)
-    if found != entry.sha256:
-        raise DataError(
-            f"{path.name}: sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...; the shard was changed, pack it again"
-        )
-
-
-def _samples(members: Iterator[tuple[int, int, str, bytes]], name: str) -> Iterator[Sample]:
-    """Group members into samples; a key that comes back, or goes down, is an error."""
-    first_seen: dict[int, int] = {}
     sample: Sample | None = None
-    for offset, key, suffix, content in members:
-        if sample is None or key != sample.id:
-            if key in first_seen:
-                raise DataError(
-                    f"{name}: byte {offset}: key {key:012d} comes back, it began at byte {first_seen[key]}; samples must be contiguous"
-                )
+    for member in read_members(path, entry, max_member_bytes, modality):
+        if sample is None or member.id != sample.id:
             if sample is not None:
-                if key < sample.id:
-                    raise DataError(f"{name}: byte {offset}: key {key:012d} after {sample.id:012d}; expected ascending keys")
                 yield _ordered(sample)
-            first_seen[key], sample = offset, Sample(key)
-        if suffix in sample.members:
-            raise DataError(f"{name}: byte {offset}: '{key:012d}.{suffix}' is there twice; its sample begins at byte {first_seen[key]}")
-        sample.members[suffix] = content
+            sample = Sample(member.id)
+        if member.content is None:
+            sample.oversized[member.name] = member.size
+        else:
+            sample.members[member.name] = member.content
     if sample is not None:
         yield _ordered(sample)
+
+
+def damage(path: Path, entry: ShardEntry) -> str | None:
+    """What is wrong with a shard's size, in the words of `read_members`; None when it has the manifest's size."""
+    if path.is_file() and path.stat().st_size == entry.bytes:
+        return None
+    try:
+        list(read_members(path, entry, 0, ""))
+    except ShardError as error:
+        return str(error)
+    return None
+
+
+def _damage(path: Path, entry: ShardEntry, walk: _Walk, reason: ShardError) -> str:
+    """Size, samples and hash, found against expected, behind the first thing that is wrong."""
+    return (
+        f"{reason!s}; {path.stat().st_size:,} bytes, the manifest says {entry.bytes:,}; {walk.samples:,} whole samples, "
+        f"the manifest says {entry.samples:,}; sha256 {sha256_file(path)[:12]}..., the manifest says {entry.sha256[:12]}...; {_ADVICE}"
+    )
 
 
 def _ordered(sample: Sample) -> Sample:
@@ -158,50 +181,121 @@ def _ordered(sample: Sample) -> Sample:
     return sample
 
 
-def _members(file: BinaryIO, path: Path, max_member_bytes: int) -> Iterator[tuple[int, int, str, bytes]]:
-    """(byte offset, key, suffix, content) of every member.
+class _Walk:
+    """One pass over the blocks of a tar file.
 
     Python's tarfile ends silently at a cut header or a missing end mark, so the blocks are walked here.
+
+    Attributes:
+        samples: how many are whole: all their members were there, and the next one began or the end mark came.
+        sha256: of the whole file, once `members` has ended.
     """
-    name, size = path.name, path.stat().st_size
-    if size == 0:
-        raise DataError(f"{name}: the shard is empty (0 bytes)")
-    while True:
-        offset = file.tell()
-        header = file.read(BLOCK)
-        if len(header) < BLOCK:
-            raise DataError(
-                f"{name}: byte {offset}: ends after {len(header)} of {BLOCK} header bytes without tar's end mark; the shard is cut"
-            )
-        if not any(header):
-            if any(file.read()) or size < offset + 2 * BLOCK:
-                raise DataError(
-                    f"{name}: byte {offset}: a block of zeros is not followed by zeros up to the end; the shard is cut or damaged"
+
+    def __init__(self, path: Path, max_member_bytes: int, modality: str | None, hashing: bool) -> None:
+        self.name, self.path = path.name, path
+        self.limit = max_member_bytes
+        self.prefix = None if modality is None else modality + "."
+        self.samples, self.sha256 = 0, ""
+        self._digest = hashlib.sha256() if hashing else None
+        self._position = 0
+
+    def members(self) -> Iterator[Member]:
+        """Every member of the modality; raises ShardError where the file is not what a shard is."""
+        first_seen: dict[int, int] = {}
+        names: set[str] = set()
+        last: int | None = None
+        for offset, key, suffix, size, content in self._blocks():
+            if key != last:
+                if key in first_seen:
+                    raise ShardError(
+                        f"{self.name}: byte {offset}: key {key:012d} comes back, it began at byte {first_seen[key]}; "
+                        "samples must be contiguous"
+                    )
+                if last is not None and key < last:
+                    raise ShardError(f"{self.name}: byte {offset}: key {key:012d} after {last:012d}; expected ascending keys")
+                self.samples += last is not None
+                first_seen[key], last, names = offset, key, set()
+            if suffix in names:
+                raise ShardError(
+                    f"{self.name}: byte {offset}: '{key:012d}.{suffix}' is there twice; its sample begins at byte {first_seen[key]}"
                 )
-            return
-        key, suffix, length = _checked_header(header, f"{name}: byte {offset}", max_member_bytes)
-        padded = -(-length // BLOCK) * BLOCK
-        if offset + BLOCK + padded > size:
-            raise DataError(f"{name}: byte {offset}: '{key:012d}.{suffix}' has {length:,} bytes, the file ends before; the shard is cut")
-        content = file.read(padded)
-        yield offset, key, suffix, content[:length]
+            names.add(suffix)
+            if self._wants(suffix):
+                yield Member(key, suffix, size, content)
+        self.samples += last is not None
+
+    def _wants(self, suffix: str) -> bool:
+        return self.prefix is None or suffix.startswith(self.prefix)
+
+    def _blocks(self) -> Iterator[tuple[int, int, str, int, bytes | None]]:
+        """(byte offset, key, suffix, size, content) of every member; content only of what is wanted and not too large."""
+        size = self.path.stat().st_size
+        if size == 0:
+            raise ShardError(f"{self.name}: the shard is empty (0 bytes)")
+        with self.path.open("rb") as file:
+            while True:
+                offset = self._position
+                header = self._read(file, BLOCK)
+                if len(header) < BLOCK:
+                    raise ShardError(
+                        f"{self.name}: byte {offset}: ends after {len(header)} of {BLOCK} header bytes without tar's end mark; "
+                        "the shard is cut"
+                    )
+                if not any(header):
+                    if not self._only_zeros(file) or size < offset + 2 * BLOCK:
+                        raise ShardError(
+                            f"{self.name}: byte {offset}: a block of zeros is not followed by zeros up to the end; "
+                            "the shard is cut or damaged"
+                        )
+                    self.sha256 = self._digest.hexdigest() if self._digest else ""
+                    return
+                key, suffix, length = _checked_header(header, f"{self.name}: byte {offset}")
+                padded = -(-length // BLOCK) * BLOCK
+                if offset + BLOCK + padded > size:
+                    raise ShardError(
+                        f"{self.name}: byte {offset}: '{key:012d}.{suffix}' has {length:,} bytes, the file ends before; the shard is cut"
+                    )
+                content = None
+                if length <= self.limit and self._wants(suffix):
+                    content = self._read(file, length)
+                    padded -= length
+                self._pass_over(file, padded)
+                yield offset, key, suffix, length, content
+
+    def _read(self, file: BinaryIO, count: int) -> bytes:
+        content = file.read(count)
+        self._position += len(content)
+        if self._digest is not None:
+            self._digest.update(content)
+        return content
+
+    def _pass_over(self, file: BinaryIO, count: int) -> None:
+        """Leave so many bytes behind: read for the hash in bounded pieces, or not read at all."""
+        if self._digest is None:
+            self._position = file.seek(count, 1)
+        while self._digest is not None and count > 0:
+            count -= len(self._read(file, min(count, _PIECE)))
+
+    def _only_zeros(self, file: BinaryIO) -> bool:
+        while piece := self._read(file, _PIECE):
+            if any(piece):
+                return False
+        return True
 
 
-def _checked_header(header: bytes, where: str, max_member_bytes: int) -> tuple[int, str, int]:
-    """Key, suffix and size of a member that may be read."""
+def _checked_header(header: bytes, where: str) -> tuple[int, str, int]:
+    """Key, suffix and size of a member that belongs in a shard."""
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.TarError as error:
-        raise DataError(f"{where}: not a tar header ({error}); the shard is damaged") from None
+        raise ShardError(f"{where}: not a tar header ({error}); the shard is damaged") from None
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise DataError(f"{where}: member {info.name!r} is not a plain file (tar type {info.type!r}); shards hold plain files only")
+        raise ShardError(f"{where}: member {info.name!r} is not a plain file (tar type {info.type!r}); shards hold plain files only")
     match = _MEMBER.fullmatch(info.name)
     if match is None:
-        raise DataError(f"{where}: member {info.name!r} does not belong in a shard; {_expected()}")
-    if not 0 <= info.size <= max_member_bytes:
-        raise DataError(
-            f"{where}: member {info.name!r} claims {info.size:,} bytes, above the limit of {max_member_bytes:,} (encoders.max_member_mb)"
-        )
+        raise ShardError(f"{where}: member {info.name!r} does not belong in a shard; {_expected()}")
+    if info.size < 0:
+        raise ShardError(f"{where}: member {info.name!r} claims {info.size} bytes; the shard is damaged")
     return int(match[1]), match[2], info.size
 
 

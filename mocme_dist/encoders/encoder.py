@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mocme_dist.config.schema import EncodersConfig
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -59,7 +61,8 @@ class Encoder(Protocol):
         """(n, F) float32, a row for each piece, in their order."""
 
 
-def encoder_hash(modality: str, settings: Mapping[str, Any], dtype: str) -> str:
-    """SHA-256 that pins a feature part: modality, settings that change the values (all but "model"), type on disk."""
-    pinned = {"modality": modality, "dtype": dtype, "settings": {k: v for k, v in settings.items() if k != "model"}}
+def encoder_hash(modality: str, settings: Mapping[str, Any], config: EncodersConfig) -> str:
+    """SHA-256 that pins a feature part: modality, settings that change the values (all but "model"), type on disk, limit."""
+    settings = {k: v for k, v in settings.items() if k != "model"}
+    pinned = {"modality": modality, "dtype": config.dtype, "max_member_mb": config.max_member_mb, "settings": settings}
     return hashlib.sha256(json.dumps(pinned, sort_keys=True).encode("utf8")).hexdigest()

@@ -28,9 +28,9 @@ from mocme_dist.data.progress import Progress
 from mocme_dist.encoders.build import ENCODED, build_encoder, encoder_settings, with_absolute_paths
 from mocme_dist.encoders.encoder import Encoder, encoder_hash
 from mocme_dist.encoders.numeric import NumericStatistics, collect_numbers, fit_numbers
-from mocme_dist.encoders.report import finish_modality, timings
-from mocme_dist.encoders.shard import extract_shard
-from mocme_dist.errors import ConfigError, DataError, MocmeError
+from mocme_dist.encoders.report import finish_modality, finish_report, timings
+from mocme_dist.encoders.shard import NOTHING, extract_shard, leave_out
+from mocme_dist.errors import ConfigError, DataError, MocmeError, ShardError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,12 @@ Result = dict[str, Any]
 
 
 def extract_features(
-    dataset: Dataset, encoders: EncodersConfig, text_columns: Sequence[str], modalities: Sequence[str], use_ray: bool
+    dataset: Dataset,
+    encoders: EncodersConfig,
+    text_columns: Sequence[str],
+    modalities: Sequence[str],
+    use_ray: bool,
+    max_missing: float = 1.0,
 ) -> dict[str, Any]:
     """Bring the features of `modalities` up to date and write extract_report.json into the data set.
 
@@ -50,31 +55,34 @@ def extract_features(
         text_columns: columns that make an entity's text, in order.
         modalities: any of "text", "image", "numeric"; each must be in the data set.
         use_ray: run on Ray actors; otherwise in this process, with equal bytes as the result.
+        max_missing: largest share of entities without any feature that is accepted.
 
     Returns:
-        The report: per modality counts, failures by cause with examples, rates and bytes.
+        The report: per modality counts, failures by cause with examples, rates and bytes; shards that were left out.
 
     Raises:
-        ConfigError: an encoder cannot be had. DataError: a shard is damaged, or strict and a file cannot be decoded.
+        ConfigError: an encoder cannot be had. ShardError: a shard is damaged and `on_bad_shard` is error.
+        DataError: strict and a file cannot be decoded, or too many entities have no feature.
         StorageError: a part cannot be written.
     """
     wanted = _ordered(dataset, modalities)
-    dataset = Dataset.open(Path(dataset.directory).absolute())  # actors start in another folder
+    # actors start in another folder; they check the shards they read
+    dataset = Dataset.open(Path(dataset.directory).absolute(), check_shards=encoders.on_bad_shard == "error")
     encoders = with_absolute_paths(encoders)
     statistics = _numeric_statistics(dataset, encoders, text_columns, use_ray) if "numeric" in wanted else None
     settings = {modality: encoder_settings(modality, encoders, text_columns, statistics) for modality in wanted}
-    hashes = {modality: encoder_hash(modality, settings[modality], encoders.dtype) for modality in wanted}
+    hashes = {modality: encoder_hash(modality, settings[modality], encoders) for modality in wanted}
     pending = {modality: _pending(dataset, modality, hashes[modality]) for modality in wanted}
     tasks = [{"kind": modality, "shard": shard} for modality in wanted for shard in pending[modality]]
     results, seconds = _run_all(tasks, dataset, Workshop(dataset.directory, encoders, tuple(text_columns), statistics, hashes), use_ray)
-    report: dict[str, Any] = {"modalities": {}}
+    rows = {}
     for modality in wanted:
         summary = finish_modality(dataset, modality, settings[modality], hashes[modality], encoders)
-        summary["parts"] = {"done": len(pending[modality]), "skipped": dataset.shards.num_shards - len(pending[modality])}
+        made = sum("already" not in result for result in results[modality])
+        summary["parts"] = {"done": made, "skipped": dataset.shards.num_shards - made}
         summary.update(timings(results[modality], seconds[modality]))
-        report["modalities"][modality] = summary
-    write_json(dataset.directory / "extract_report.json", report)
-    return report
+        rows[modality] = summary
+    return finish_report(dataset, rows, max_missing)
 
 
 class Workshop:
@@ -99,22 +107,45 @@ class Workshop:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, int(self.encoders.cpus_per_actor)))
         try:
-            self.dataset = self.dataset or Dataset.open(self.directory)
+            self.dataset = self.dataset or Dataset.open(self.directory, check_shards=False)
             if task["kind"] == "statistics":
-                samples = self.dataset.read_samples(task["shard"], self.encoders.max_member_mb * 2**20)
-                return {**task, "numbers": collect_numbers(sample.members for sample in samples)}
-            encoder = self._encoder_of(task["kind"])
-            return {**task, **extract_shard(encoder, self.dataset, task["shard"], self.encoders, self.hashes[task["kind"]], on_rows)}
+                return {**task, **self._statistics(self.dataset, task["shard"])}
+            return {**task, **self._extract(self.dataset, task["kind"], task["shard"], on_rows)}
         except MocmeError as error:
             return {**task, "error": type(error).__name__, "message": str(error)}
+        except torch.OutOfMemoryError as error:
+            message = f"encoders.{task['kind']}: {str(error).splitlines()[0]}; lower encoders.{task['kind']}.batch_size"
+            return {**task, "error": ConfigError.__name__, "message": message}
         finally:
             torch.set_num_threads(threads)
+
+    def _statistics(self, dataset: Dataset, shard: int) -> Result:
+        samples = dataset.read_samples(shard, self.encoders.max_member_mb * 2**20, "numeric")
+        try:
+            return {"numbers": collect_numbers(sample.members for sample in samples)}
+        except ShardError as error:
+            if self.encoders.on_bad_shard == "error":
+                raise
+            return {"numbers": {}, "bad_shard": str(error)}
+
+    def _extract(self, dataset: Dataset, modality: str, shard: int, on_rows: Callable[[int], None] | None) -> Result:
+        pinned = self.hashes[modality]
+        if part_is_complete(dataset.directory / "features" / modality, shard, dataset.entries[shard].sha256, pinned):
+            return {**NOTHING, "already": True}  # by another run, or by this task before its actor was lost
+        encoder = self._encoder_of(modality)
+        try:
+            return extract_shard(encoder, dataset, shard, self.encoders, pinned, on_rows)
+        except ShardError as error:
+            if self.encoders.on_bad_shard == "error":
+                raise
+            log.warning("%s: left out: %s", modality, error)
+            return leave_out(encoder, dataset, shard, self.encoders, pinned, str(error))
 
     def _encoder_of(self, modality: str) -> Encoder:
         if self.encoder is None or self.encoder.modality != modality:
             self.encoder = None  # free the old one first: two do not need to fit
             encoder = build_encoder(modality, self.encoders, self.text_columns, self.statistics)
-            found = encoder_hash(modality, encoder.settings, self.encoders.dtype)
+            found = encoder_hash(modality, encoder.settings, self.encoders)
             if found != self.hashes[modality]:
                 raise DataError(
                     f"encoders.{modality}: this node's weights or settings give hash {found[:12]}, "
@@ -217,11 +248,14 @@ def _numeric_statistics(dataset: Dataset, encoders: EncodersConfig, columns: Seq
     use_ray = use_ray and sum(entry.bytes for entry in dataset.entries) > READ_HERE_BYTES
     with Progress("numeric statistics", len(tasks), "shards") as progress:
         found: dict[int, Any] = {}
+        bad: list[int] = []
         for result in _run(tasks, workshop, use_ray, None):
             found[result["shard"]] = result["numbers"]
+            bad += [result["shard"]] if "bad_shard" in result else []
             progress.add(1)
     statistics = fit_numbers((found[shard] for shard in sorted(found)), encoders.numeric.max_attributes)
-    write_json(path, {"made_from": made_from, **statistics.to_json()})
+    # without some shards they are good for this run only
+    write_json(path, {"made_from": {**made_from, "without": sorted(bad)} if bad else made_from, **statistics.to_json()})
     return statistics
 
 

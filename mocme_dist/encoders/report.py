@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FEATURES_FORMAT, part_path
 from mocme_dist.data.files import read_json, write_json
-from mocme_dist.encoders.shard import EXAMPLES, part_width, strict_error
+from mocme_dist.encoders.shard import EXAMPLES, part_presence, part_width, strict_error
+from mocme_dist.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], pinned: str, encoders: EncodersConfig) -> dict[str, Any]:
@@ -23,7 +29,16 @@ def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], p
     examples = [example for part in parts for example in part["examples"]][:EXAMPLES]
     if encoders.strict and examples:
         raise strict_error(examples[0]["id"], modality, examples[0]["cause"], examples[0]["message"])
+    for shard, part in enumerate(parts):
+        if part["encoder_hash"] != pinned:
+            raise DataError(
+                f"{part_path(directory, shard)}: encoder_hash {part['encoder_hash'][:12]}, this run's is {pinned[:12]}; another run with "
+                "other settings writes here at the same time: let it end, then run this again"
+            )
+    left_out = [(shard, part["bad_shard"]) for shard, part in enumerate(parts) if "bad_shard" in part]
     present = sum(part["present"] for part in parts)
+    if not present:
+        log.warning("%s: not one entity has features of this modality", modality)
     manifest = {
         "format": FEATURES_FORMAT,
         "modality": modality,
@@ -35,6 +50,7 @@ def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], p
         "shard_rows": dataset.shards.shard_rows,
         "present": present,
         "failed": dict(sorted(failed.items())),
+        "skipped_shards": [shard for shard, _ in left_out],
     }
     write_json(directory / "manifest.json", manifest)
     names = dataset.entity_names() if examples else []
@@ -47,7 +63,35 @@ def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], p
         "examples": [{**example, "name": names[example["id"]]} for example in examples],
         "bytes": sum(part["bytes"] for part in parts),
         "encoder_hash": pinned,
+        "skipped_shards": [{"shard": shard, "file": dataset.entries[shard].name, "reason": reason} for shard, reason in left_out],
     }
+
+
+def finish_report(dataset: Dataset, rows: dict[str, dict[str, Any]], max_missing: float) -> dict[str, Any]:
+    """The whole report, written to extract_report.json before it is judged.
+
+    Raises:
+        DataError: more than the share `max_missing` of the entities have no feature of any of these modalities.
+    """
+    missing = dataset.num_entities
+    if rows:
+        missing = sum(
+            int((~np.logical_or.reduce([part_presence(dataset.directory / "features" / name, shard) for name in rows])).sum())
+            for shard in range(dataset.shards.num_shards)
+        )
+    share = missing / dataset.num_entities
+    report = {
+        "modalities": rows,
+        "missing": {"entities": missing, "of": dataset.num_entities, "share": round(share, 6)},
+        "n_skipped": len({entry["shard"] for row in rows.values() for entry in row["skipped_shards"]}),
+    }
+    write_json(dataset.directory / "extract_report.json", report)
+    if share > max_missing:
+        raise DataError(
+            f"{missing:,} of {dataset.num_entities:,} entities have no features ({100 * share:.1f} %); expected at most "
+            f"{100 * max_missing:g} %: add their files, or raise --max-missing (data.max_missing)"
+        )
+    return report
 
 
 def timings(results: Iterable[dict[str, Any]], wall_s: float) -> dict[str, Any]:
@@ -75,4 +119,8 @@ def report_table(report: dict[str, Any]) -> str:
             f"{name:<10}{row['width']:>7}{row['present']:>11,}{row['share']:>8.1%}{sum(row['failed'].values()):>8,}"
             f"{row['samples_per_s']:>11,.1f}{row['bytes'] / 2**20:>9.1f}  {row['parts']['done']}/{row['parts']['skipped']}  {causes}"
         )
+    missing = report["missing"]
+    lines.append(f"{missing['entities']:,} of {missing['of']:,} entities have no features ({missing['share']:.1%})")
+    skipped = {entry["file"]: entry["reason"] for row in report["modalities"].values() for entry in row["skipped_shards"]}
+    lines += [f"left out: {reason}" for reason in skipped.values()]
     return "\n".join(lines)

@@ -6,11 +6,13 @@ makes it and however often. Timings and rates go to the result, never to the par
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +22,14 @@ import numpy as np
 from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import part_path, write_part
-from mocme_dist.data.shards import Sample
-from mocme_dist.encoders.encoder import Encoder
+from mocme_dist.data.shards import Member
+from mocme_dist.encoders.encoder import Decoded, Encoder, Failure
 from mocme_dist.errors import DataError
 
 EXAMPLES = 20  # failures listed by name; all are counted
+NOTHING = {"samples": 0, "read_s": 0.0, "decode_s": 0.0, "encode_s": 0.0, "write_s": 0.0, "seconds": 0.0}  # a shard not encoded
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def strict_error(entity: int, modality: str, cause: str, message: str) -> DataError:
@@ -76,32 +80,31 @@ def extract_shard(
         samples (entities with files of the modality) and seconds of each phase, for the report.
 
     Raises:
-        DataError: the shard is not what the manifest says, or `config.strict` and a file cannot be decoded.
+        ShardError: the shard is not what the manifest says.
+        DataError: `config.strict` and a file cannot be decoded.
         StorageError: the part cannot be written.
     """
     started = time.monotonic()
     first, last = dataset.shards.bounds(shard)
-    tally = _Tally()
-    samples = dataset.read_samples(shard, config.max_member_mb * 2**20)
-    chunks = run_ahead(_chunks(samples, encoder, first, tally, config.strict))
-    dtype = np.dtype(config.dtype)
+    tally, overflown = _Tally(), _Tally()
+    members = dataset.read_members(shard, config.max_member_mb * 2**20, encoder.modality)
+    chunks = run_ahead(_chunks(members, encoder, first, tally, config))
     present = np.zeros(last - first, dtype=np.uint8)
+    # pages that are never written are never there
+    values, count = np.empty((last - first, encoder.width), dtype=config.dtype), 0
     encode_s, done = 0.0, 0
-    vectors: list[np.ndarray] = []
-    overflown = _Tally()
     for row, vector, seconds in _entity_means(chunks, encoder):
         encode_s += seconds
         with np.errstate(over="ignore"):
-            stored = vector.astype(dtype)
-        if np.isfinite(stored).all():
-            vectors.append(stored)
+            values[count] = vector
+        if np.isfinite(values[count]).all():
             present[row] = 1
+            count += 1
         else:
-            overflown.add(first + row, "not finite", f"features leave the range of {dtype}", encoder.modality, config.strict)
+            overflown.add(first + row, "not finite", f"features leave the range of {config.dtype}", encoder.modality, config.strict)
         if on_rows is not None and row + 1 - done >= encoder.chunk:
             on_rows(row + 1 - done)
             done = row + 1
-    values = np.stack(vectors) if vectors else np.zeros((0, encoder.width), dtype=dtype)
     stats = {
         "failed": dict(sorted((tally.failed + overflown.failed).items())),
         "examples": sorted(tally.examples + overflown.examples, key=lambda example: example["id"])[:EXAMPLES],
@@ -109,7 +112,7 @@ def extract_shard(
         "encoder_hash": pinned,
     }
     writing = time.monotonic()
-    write_part(dataset.directory / "features" / encoder.modality, shard, values, present, stats)
+    write_part(dataset.directory / "features" / encoder.modality, shard, values[:count], present, stats)
     if on_rows is not None:
         on_rows(last - first - done)
     ended = time.monotonic()
@@ -123,34 +126,76 @@ def extract_shard(
     }
 
 
-def _chunks(samples: Iterable[Sample], encoder: Encoder, first: int, tally: _Tally, strict: bool) -> Iterator[_Chunk]:
-    """Decode samples into chunks of exactly `encoder.chunk` pieces; the last one may be shorter."""
-    prefix = encoder.modality + "."
+def leave_out(encoder: Encoder, dataset: Dataset, shard: int, config: EncodersConfig, pinned: str, why: str) -> dict[str, Any]:
+    """Write the part of a shard that cannot be read: every entity absent, and the reason. The next run tries it again."""
+    first, last = dataset.shards.bounds(shard)
+    stats = {"failed": {}, "examples": [], "input_sha256": dataset.entries[shard].sha256, "encoder_hash": pinned, "bad_shard": why}
+    values, present = np.empty((0, encoder.width), dtype=config.dtype), np.zeros(last - first, dtype=np.uint8)
+    write_part(dataset.directory / "features" / encoder.modality, shard, values, present, stats)
+    return dict(NOTHING)
+
+
+def _chunks(members: Iterator[Member], encoder: Encoder, first: int, tally: _Tally, config: EncodersConfig) -> Iterator[_Chunk]:
+    """Decode members into chunks of exactly `encoder.chunk` pieces; the last one may be shorter."""
     rows: list[int] = []
     pieces: list[Any] = []
-    stream = iter(samples)
-    while True:
-        before = time.monotonic()
-        sample = next(stream, None)
-        read = time.monotonic()
-        tally.read_s += read - before
-        if sample is None:
-            break
-        members = {name: content for name, content in sample.members.items() if name.startswith(prefix)}
-        tally.samples += bool(members)
-        decoded = encoder.decode(members)
+    last = -1
+    for member, decoded in _decode(members, encoder, tally, max(1, int(config.cpus_per_actor))):
+        tally.samples += member.id != last
+        last = member.id
         for failure in decoded.failures:
-            tally.add(sample.id, failure.cause, failure.message, encoder.modality, strict)
-        rows.extend([sample.id - first] * len(decoded.pieces))
+            tally.add(member.id, failure.cause, failure.message, encoder.modality, config.strict)
+        rows.extend([member.id - first] * len(decoded.pieces))
         pieces.extend(decoded.pieces)
-        ready = []
         while len(pieces) >= encoder.chunk:
-            ready.append(_Chunk(rows[: encoder.chunk], encoder.collate(pieces[: encoder.chunk])))
+            before = time.monotonic()
+            chunk = _Chunk(rows[: encoder.chunk], encoder.collate(pieces[: encoder.chunk]))
+            tally.decode_s += time.monotonic() - before
             del rows[: encoder.chunk], pieces[: encoder.chunk]
-        tally.decode_s += time.monotonic() - read
-        yield from ready
+            yield chunk
     if pieces:
         yield _Chunk(rows, encoder.collate(pieces))
+
+
+def _decode(members: Iterator[Member], encoder: Encoder, tally: _Tally, threads: int) -> Iterator[tuple[Member, Decoded]]:
+    """Members with their pieces, in order; decoded by several threads where there are, a few members ahead."""
+
+    def decode(member: Member) -> tuple[Member, Decoded, float]:
+        before = time.monotonic()
+        if member.content is None:
+            message = f"{member.name}: {member.size:,} bytes, the limit is encoders.max_member_mb"
+            decoded = Decoded(failures=[Failure("too large", message)])
+        else:
+            decoded = encoder.decode({member.name: member.content})
+        return dataclasses.replace(member, content=None), decoded, time.monotonic() - before
+
+    def read() -> Iterator[Member]:
+        while True:
+            before = time.monotonic()
+            member = next(members, None)
+            tally.read_s += time.monotonic() - before
+            if member is None:
+                return
+            yield member
+
+    for member, decoded, seconds in _ahead(decode, read(), threads):
+        tally.decode_s += seconds
+        yield member, decoded
+
+
+def _ahead(function: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:
+    """`map`, on `threads` threads, at most two items ahead for each; one thread is a plain loop."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[U]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _entity_means(chunks: Iterable[_Chunk], encoder: Encoder) -> Iterator[tuple[int, np.ndarray, float]]:
@@ -208,6 +253,14 @@ def run_ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
     finally:
         stop.set()
         thread.join()
+
+
+def part_presence(directory: Path, shard: int) -> np.ndarray:
+    """(rows,) bool of a feature part on disk: who is present."""
+    from safetensors import safe_open
+
+    with safe_open(part_path(directory, shard), framework="np") as part:
+        return np.asarray(part.get_tensor("present"), dtype=bool)
 
 
 def part_width(directory: Path, shard: int) -> int:

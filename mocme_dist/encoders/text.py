@@ -227,11 +227,12 @@ class TextEncoder:
             text = entity_text(values, self.columns)
         except (ValueError, AttributeError) as error:
             return Decoded(failures=[Failure("not JSON", f"text.json: {error}")])
-        return Decoded([text]) if text else Decoded()
+        # cut here: a chunk of texts waits whole
+        return Decoded([text[: _CHARACTERS_PER_TOKEN * self.max_tokens]]) if text else Decoded()
 
     def collate(self, pieces: list[str]) -> list[list[int]]:
         """Token ids of each text."""
-        return self.tokenizer([text[: _CHARACTERS_PER_TOKEN * self.max_tokens] for text in pieces], self.max_tokens)
+        return self.tokenizer(pieces, self.max_tokens)
 
     @torch.inference_mode()
     def encode(self, batch: list[list[int]]) -> np.ndarray:

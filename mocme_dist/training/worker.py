@@ -114,7 +114,9 @@ class Worker:
             for name in self.modalities:
                 if name != "structure":
                     where = (self.dataset.directory, name, self.first, self.last)
-                    stores[name] = FeatureStore.open(*where, self.config.features.residency, str(self.comm.device))
+                    stores[name] = FeatureStore.open(
+                        *where, self.config.features.residency, str(self.comm.device), self.config.features.on_bad
+                    )
         except DataError as cause:
             error = cause
         self.comm.raise_together(error)

@@ -1,6 +1,7 @@
 """A feature store gives what a plain dense table gives, wherever the values lie, and refuses parts that do not fit."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -92,6 +93,23 @@ def test_values_that_are_not_finite_stop_the_load_with_shard_entity_modality_and
         DataError, match=rf"part-000002.safetensors: 2 values of modality text are not finite, the first at entity {entity} "
     ):
         FeatureStore.open(folder, "text", 0, NUM_ROWS, residency)
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_values_that_are_not_finite_are_masked_counted_and_leave_the_others_alone(stored, residency, caplog):
+    folder, dense, present = stored
+    values, mask = dense[10:15][present[10:15]].numpy().copy(), present[10:15].numpy()
+    values[0, 2:4] = [np.nan, np.inf]
+    entity = 10 + int(np.flatnonzero(mask)[0])
+    write_part(folder / "features" / "text", 2, values, mask, stats(2))
+    with caplog.at_level(logging.WARNING):
+        store = FeatureStore.open(folder, "text", 3, 20, residency, on_bad_feature="mask")
+    assert f"2 values of modality text are not finite, the first at entity {entity}" in caplog.text
+    assert "1 entities are absent" in caplog.text
+    expected, kept = dense.clone(), present.clone()
+    expected[entity], kept[entity] = 0, False
+    found, there = store.gather(torch.arange(17))
+    assert torch.equal(found, expected[3:20]) and torch.equal(there, kept[3:20]) and torch.equal(store.present(), kept[3:20])
 
 
 def edit_json(path, **changes):

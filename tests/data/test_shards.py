@@ -1,14 +1,15 @@
 """Shards come back as they were written, and nothing else comes back."""
 
 import io
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mocme_dist.data.shards import Sample, read_shard, write_shard
-from mocme_dist.errors import DataError
+from mocme_dist.data.shards import Sample, read_members, read_shard, write_shard
+from mocme_dist.errors import DataError, ShardError
 
 LIMIT = 1 << 20
 
@@ -72,16 +73,21 @@ def test_cut_shards_are_found_with_and_without_a_manifest(tmp_path, kept):
     # Three samples of 1, 12 and 2 members: headers of 512 bytes, contents padded to 512 (the twelve hold 500 to 511 bytes).
     data = 512 * (2 + 24 + 2 + 1)
     path.write_bytes(content[: {"data": data, "data + 512": data + 512}.get(kept, kept)])
-    with pytest.raises(DataError, match=r"entities-000000.tar: [\d,]+ bytes, the manifest says 20,480 with 3 samples"):
+    with pytest.raises(ShardError) as caught:
         read(path, entry)
-    with pytest.raises(DataError, match=r"entities-000000.tar: (byte \d+: .*the shard is cut|the shard is empty)"):
+    found = re.search(
+        r"entities-000000.tar: .*; ([\d,]+) bytes, the manifest says 20,480; (\d+) whole samples, the .* says 3; sha256", str(caught.value)
+    )
+    assert found and int(found[1].replace(",", "")) == path.stat().st_size
+    assert 0 <= int(found[2]) <= 3 and entry.sha256[:12] in str(caught.value) and "--on-bad-shard=skip" in str(caught.value)
+    with pytest.raises(ShardError, match=r"entities-000000.tar: (byte \d+: .*the shard is cut|the shard is empty)"):
         read(path)
 
 
 def test_flipped_byte_and_wrong_count_are_found(tmp_path):
     path = tmp_path / "a.tar"
     entry = write_shard(path, samples())
-    with pytest.raises(DataError, match="3 samples, the manifest says 4"):
+    with pytest.raises(DataError, match=r"another count; .* 3 whole samples, the manifest says 4"):
         read(path, replace(entry, samples=4))
     content = bytearray(path.read_bytes())
     content[520] ^= 1
@@ -130,18 +136,42 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         read(path)
 
 
-def test_large_member_is_refused_before_it_is_read(tmp_path):
+def test_large_member_is_left_unread(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("000000000001.text.json", b"x" * 2000)])
-    with pytest.raises(DataError, match=r"claims 2,000 bytes, above the limit of 1,999"):
-        read(path, limit=1999)
+    (sample,) = read(path, limit=1999)
+    assert sample.members == {} and sample.oversized == {"text.json": 2000}
+    assert read(path, limit=2000)[0].members == {"text.json": b"x" * 2000}
     # A header may claim anything; nothing of that size is there.
     info = tarfile.TarInfo("000000000001.text.json")
     info.size = 1 << 30
     path.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + b"x" * 1024)
-    with pytest.raises(DataError, match=r"claims 1,073,741,824 bytes"):
-        read(path)
-    with pytest.raises(DataError, match=r"the file ends before; the shard is cut"):
-        read(path, limit=1 << 31)
+    for limit in (LIMIT, 1 << 31):
+        with pytest.raises(ShardError, match=r"has 1,073,741,824 bytes, the file ends before; the shard is cut"):
+            read(path, limit=limit)
+
+
+def test_one_modality_is_read_and_the_rest_is_hashed_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("mocme_dist.data.shards._PIECE", 100)
+    entry = write_shard(tmp_path / "a.tar", samples())
+    for known in (entry, None):
+        found = list(read_members(tmp_path / "a.tar", known, LIMIT, "image"))
+        by_name = sorted(range(12), key=str)  # webdataset writes them so
+        assert [(m.id, m.name) for m in found] == [*((4, f"image.{n}.png") for n in by_name), (900, "image.0.webp")]
+        assert [m.content for m in found] == [*(b"p" * (n + 500) for n in by_name), b""]
+    assert [s.id for s in read_shard(tmp_path / "a.tar", entry, LIMIT, "text")] == [3]
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[4000] ^= 1  # in a picture
+    (tmp_path / "a.tar").write_bytes(content)
+    members = read_members(tmp_path / "a.tar", entry, LIMIT, "text")
+    assert next(members).id == 3
+    with pytest.raises(ShardError, match=r"another content; .* 3 whole samples, the manifest says 3; sha256"):
+        next(members)
+
+
+def test_a_shard_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.tar").mkdir()
+    with pytest.raises(ShardError, match=r"a.tar: shard not found"):
+        read(tmp_path / "a.tar")
 
 
 def test_pipe_is_a_file_name_like_any_other(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from raw_media import picture
 from safetensors.torch import save_file
 from torch import nn
 
-from mocme_dist.config.schema import ImageEncoderConfig
+from mocme_dist.config.schema import EncodersConfig, ImageEncoderConfig
 from mocme_dist.encoders.encoder import encoder_hash
 from mocme_dist.encoders.image import IMAGENET_MEAN, IMAGENET_STD, ImageEncoder, build_backbone, drop_classifier, image_settings
 from mocme_dist.encoders.pictures import decode_picture
@@ -142,10 +142,16 @@ def test_the_hash_follows_what_changes_the_values(tmp_path: Path):
     torch.save({}, tmp_path / "a.pth")
     changed = [{"size": 33}, {"model": "torchvision:squeezenet1_1"}, {"weights": str(tmp_path / "a.pth"), "random_weights": False}]
 
-    def pinned(values: dict, limit: int = LIMIT, dtype: str = "float16") -> str:
-        return encoder_hash("image", image_settings(config(**base | values), limit), dtype)
+    def pinned(values: dict, limit: int = LIMIT, dtype: str = "float16", member_mb: int = 64) -> str:
+        return encoder_hash("image", image_settings(config(**base | values), limit), EncodersConfig(dtype=dtype, max_member_mb=member_mb))
 
-    hashes = [pinned({}), pinned({}, limit=5), pinned({}, dtype="float32"), *(pinned(values) for values in changed)]
+    hashes = [
+        pinned({}),
+        pinned({}, limit=5),
+        pinned({}, dtype="float32"),
+        pinned({}, member_mb=1),
+        *(pinned(values) for values in changed),
+    ]
     assert len(set(hashes)) == len(hashes)
     assert pinned({"batch_size": 9}) == pinned({})
 

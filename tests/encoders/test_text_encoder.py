@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mocme_dist.config.schema import TextEncoderConfig
+from mocme_dist.config.schema import EncodersConfig, TextEncoderConfig
 from mocme_dist.encoders.encoder import encoder_hash
 from mocme_dist.encoders.text import TextEncoder, entity_text, resolve_model, text_settings
 from mocme_dist.errors import ConfigError
@@ -39,7 +39,8 @@ def test_sorted_batches_equal_a_loop_over_single_texts(pooling):
 def test_texts_are_cut_to_max_tokens():
     encoder = TextEncoder(tiny(), COLUMNS)
     assert [len(row) for row in encoder.collate(["x " * 50, "x"])] == [16, 2]
-    assert len(encoder.collate(["word " * 3_000_000])[0]) == 16
+    (piece,) = encoder.decode({"text.json": json.dumps({"label": "word " * 3_000_000}).encode()}).pieces
+    assert len(piece) == 64 * 16 and len(encoder.collate([piece])[0]) == 16
 
 
 def test_an_entity_text_joins_the_columns_that_say_something():
@@ -67,7 +68,7 @@ def test_decoding_gives_a_text_or_a_cause(members, pieces, causes):
 
 def test_the_hash_follows_what_changes_the_values():
     def pinned(columns: tuple[str, ...] = COLUMNS, **values: object) -> str:
-        return encoder_hash("text", text_settings(tiny(**values), columns), "float16")
+        return encoder_hash("text", text_settings(tiny(**values), columns), EncodersConfig())
 
     hashes = [pinned(), pinned(pooling="cls"), pinned(max_tokens=17), pinned(("label",)), pinned(COLUMNS[::-1])]
     assert len(set(hashes)) == len(hashes)
