@@ -66,6 +66,7 @@ class BatchMaker:
         chunk_size: queries that share a pool.
         num_negatives: N; 0 makes every entity a candidate (one_vs_all).
         rank, world_size: whose share to make.
+        parts: how many batches a rank's share of a step is cut into.
     """
 
     def __init__(
@@ -78,18 +79,19 @@ class BatchMaker:
         num_negatives: int,
         rank: int,
         world_size: int,
+        parts: int = 1,
     ) -> None:
         self.triples_T3, self.known, self.num_entities, self.sampler = triples_T3, known, num_entities, sampler
         self.chunk_size, self.num_negatives, self.rank, self.world_size = chunk_size, num_negatives, rank, world_size
         chunks = -(-min(sampler.batch_size, sampler.num_queries) // chunk_size)
-        self.chunks_per_rank = -(-chunks // world_size)
+        self.parts, self.chunks_per_part = parts, -(-chunks // (world_size * parts))
         self._slots = np.full(num_entities, -1, dtype=np.int32)
 
-    def make(self, step: int) -> Batch:
-        """This rank's share of the batch of `step`; the shapes are the same for every step and differ by at most one chunk over ranks."""
+    def make(self, step: int, part: int = 0) -> Batch:
+        """A part of this rank's share of the batch of `step`; shapes are the same for every step, part and rank."""
         queries = self.sampler.queries(step)
-        G, b = self.chunks_per_rank, self.chunk_size
-        chunk_G = np.arange(G) * self.world_size + self.rank
+        G, b = self.chunks_per_part, self.chunk_size
+        chunk_G = np.arange(part * G, (part + 1) * G) * self.world_size + self.rank
         index_Gb = chunk_G[:, None] * b + np.arange(b)[None]
         real_Gb = index_Gb < len(queries)
         query_Gb = queries[np.where(real_Gb, index_Gb, 0)]

@@ -96,13 +96,18 @@ def _section(path: Sequence[Any]) -> type[BaseModel] | None:
     return model
 
 
+def _elsewhere(key: str) -> list[str]:
+    """Full paths of a key of this name in other sections: DeepSpeed's gradient_clipping is train.gradient_clipping here."""
+    return [f"{name}.{key}" for name in Config.model_fields if (section := _section([name])) and key in section.model_fields]
+
+
 def _describe(error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     where = ".".join(path) or "configuration"
     if error["type"] == "extra_forbidden":
         section = _section(path[:-1])
         known = sorted(section.model_fields) if section else []
-        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
+        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6) or _elsewhere(path[-1])
         hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     if path[:1] == ["modalities"]:

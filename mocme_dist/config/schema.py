@@ -242,7 +242,7 @@ class TrainConfig(Section):
     batch_size: int = Field(1024, ge=1, description="Queries per step, over all ranks (paper: 1024).")
     learning_rate: float = Field(1e-3, gt=0, description="Of the dense parameters.")
     gradient_clipping: float = Field(
-        0.0, ge=0, description="Largest global gradient norm of the dense part and, apart, of the rows; 0 is off."
+        0.0, ge=0, description="Largest global gradient norm, of the dense part and the rows together; 0 is off."
     )
     seed: int = Field(0, ge=0, description="Seed of the weights, the batches and the negatives.")
     log_every: int = Field(50, ge=1, description="Steps between two lines of metrics.jsonl.")
@@ -251,6 +251,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(10, ge=1, description="Epochs between two checkpoints.")
     num_to_keep: int = Field(2, ge=2, description="Checkpoints kept besides the best one.")
     patience: int = Field(0, ge=0, description="Stop after so many evaluations without a better valid MRR; 0 never.")
+    projector: int = Field(500, ge=0, description="Entities that TensorBoard's projector shows when a run ends; 0 is none.")
     max_nonfinite: int = Field(
         10, ge=1, description="Consecutive steps with a non-finite loss or gradient before the run is called diverged."
     )
@@ -264,6 +265,18 @@ class DeepSpeedConfig(Section):
     )
     stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage.")
     bf16: bool = Field(False, description="Dense parameters and activations in bfloat16, rows stay float32; stage 0 runs as 1 then.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Parts that a rank's share of train.batch_size is cut into; gradients add up, rows and weights move once."
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="cpu: masters and moments of the dense part in host memory; needs stage 1, 2 or 3."
+    )
+
+    @model_validator(mode="after")
+    def _offloads(self) -> DeepSpeedConfig:
+        if self.offload_optimizer == "cpu" and self.stage == 0 and not self.bf16:
+            raise ValueError("offload_optimizer cpu with stage 0; expected stage 1, 2 or 3")
+        return self
 
 
 class EvaluationConfig(Section):

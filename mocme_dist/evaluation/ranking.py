@@ -1,12 +1,12 @@
 """Exact filtered ranking by counting.
 
-Every rank scores the queries against its own rows, a tile at a time, and counts how many score above the target and
-how many score the same, known answers left out; two integers a query are summed over ranks. Nothing is sorted and
-nothing of size queries x entities is kept. A tie counts half: rank = 1 + above + equal / 2, the mean of the best and
+Every rank scores the queries against its own rows and counts how many score above the target and how many score the
+same, known answers left out (`counting`); two integers a query are summed over ranks. Nothing is sorted and nothing of
+size queries x entities is kept. A tie counts half: rank = 1 + above + equal / 2, the mean of the best and
 the worst place the target could take. A rank's rows may come whole or piece by piece: counts add up.
 
-Distances come from one kernel with one shape, the target's too, so that equal vectors give equal numbers and ranks
-are the same, bit for bit, at every world size.
+An entity's distance is the same number wherever it stands, the target's too, so ranks are the same, bit for bit, at
+every world size.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mocme_dist.model.rotate import pool_distance, rotate
+from mocme_dist.evaluation.counting import count, target_distances
+from mocme_dist.model.rotate import rotate
 from mocme_dist.parallel.comm import Comm
 
-# The plain form of the kernel stores (queries, tile, D); so many queries at once bound it.
-_PLAIN_QUERIES = 16
 # Vectors of so many queries and targets are held at once: 128 MiB of D 256.
 _PASS_QUERIES = 1 << 16
 
@@ -109,27 +108,9 @@ class _Block(NamedTuple):
     """Queries that are scored at once: rotated sources, the target's distance, and the pairs that do not compete."""
 
     query_QD: Tensor
-    target_Q1: Tensor
+    target_Q: Tensor
     skip_query: np.ndarray
     skip_row: np.ndarray
-
-
-def _distances(query_QD: Tensor, tile_TD: Tensor, compiled: bool) -> Tensor:
-    """(Q, T) distances, by the fused kernel or by the plain form in small pieces."""
-    if compiled:
-        return pool_distance(query_QD[None], tile_TD[None], True)[0]
-    pieces = [pool_distance(part[None], tile_TD[None], False)[0] for part in query_QD.split(_PLAIN_QUERIES)]
-    return torch.cat(pieces)
-
-
-def _tiles(shard: RowShard, tile_rows: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(first local row, number of rows, padded (tile_rows, D) vectors) over the shard."""
-    for start in range(0, len(shard.z_rD), tile_rows):
-        rows_TD = shard.z_rD[start : start + tile_rows]
-        count = len(rows_TD)
-        if count < tile_rows:
-            rows_TD = torch.cat([rows_TD, rows_TD.new_zeros(tile_rows - count, rows_TD.shape[1])])
-        yield start, count, rows_TD
 
 
 def _excluded(queries: Queries, known: Answers, first: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,9 +130,8 @@ def _make_block(
     Q = len(queries.source)
     sign_Q = torch.from_numpy(1.0 - 2.0 * queries.direction).to(both_2QD.device, torch.float32)
     query_QD = rotate(both_2QD[:Q], phase_QC, sign_Q)
-    target_TD = torch.cat([both_2QD[Q:], both_2QD.new_zeros(tile_rows - Q, both_2QD.shape[1])])
-    target_Q1 = _distances(query_QD, target_TD, compiled)[:, :Q].diagonal()[:, None]
-    return _Block(query_QD, target_Q1, *_excluded(queries, known, shard.first, shard.num_rows))
+    target_Q = target_distances(query_QD, both_2QD[Q:], tile_rows, compiled)
+    return _Block(query_QD, target_Q, *_excluded(queries, known, shard.first, shard.num_rows))
 
 
 def count_block(block: _Block, piece: RowShard, first_row: int, tile_rows: int, compiled: bool) -> Tensor:
@@ -160,23 +140,12 @@ def count_block(block: _Block, piece: RowShard, first_row: int, tile_rows: int, 
     Args:
         block: the queries.
         piece: vectors; `first_row` is the place of its first one among this rank's rows.
-        tile_rows: entities scored at once.
-        compiled: fused kernel or plain form.
+        tile_rows: entities that the torch forms score at once.
+        compiled: whether kernels may be built, or the plain form.
     """
-    query_QD, target_Q1, skip_query, skip_row = block
-    device = query_QD.device
-    counts_2Q = torch.zeros(2, len(query_QD), dtype=torch.int64, device=device)
-    for start, count, rows_TD in _tiles(piece, tile_rows):
-        distance_QT = _distances(query_QD, rows_TD, compiled)[:, :count]
-        # Not "<": where one of the two is NaN the candidate counts as better, so a model that has diverged ranks last.
-        counts_2Q[0] += (~(distance_QT >= target_Q1)).sum(1)
-        counts_2Q[1] += (distance_QT == target_Q1).sum(1)
-        low, high = np.searchsorted(skip_row, [first_row + start, first_row + start + count])
-        at_query = torch.from_numpy(skip_query[low:high]).to(device)
-        skipped = distance_QT[at_query, torch.from_numpy(skip_row[low:high] - first_row - start).to(device)]
-        counts_2Q[0].index_add_(0, at_query, -(~(skipped >= target_Q1[at_query, 0])).long())
-        counts_2Q[1].index_add_(0, at_query, -(skipped == target_Q1[at_query, 0]).long())
-    return counts_2Q
+    low, high = np.searchsorted(block.skip_row, [first_row, first_row + len(piece.z_rD)])
+    skip_query, skip_row = (torch.from_numpy(part[low:high]).to(piece.z_rD.device) for part in (block.skip_query, block.skip_row))
+    return count(block.query_QD, block.target_Q, piece.z_rD, skip_query, skip_row - first_row, tile_rows, compiled)
 
 
 def _rank_pass(
@@ -230,8 +199,8 @@ def rank_queries(
         shard: this rank's vectors.
         known: answers that do not compete with the target.
         query_block: queries scored at once; at most tile_rows count.
-        tile_rows: entities scored at once.
-        compiled: fused kernel or plain form.
+        tile_rows: entities that the torch forms score at once.
+        compiled: whether kernels may be built, or the plain form.
         progress: called with (queries done, of how many) after each block.
     """
     query_block = min(query_block, tile_rows)

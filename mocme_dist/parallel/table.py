@@ -95,3 +95,19 @@ class EntityTable:
         square_V1 = self.state["square_sum"][rows_V] + grad_VD.square().mean(1, keepdim=True)
         self.state["square_sum"][rows_V] = square_V1
         return grad_VD / (square_V1.sqrt() + eps)
+
+
+def coalesce(touched: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Rows that several parts of a step touched, once each, with their gradients added.
+
+    Args:
+        touched: pairs of (V,) unique rows and their (V, D) gradients, at least one.
+
+    Returns:
+        (V,) ascending unique rows and (V, D) sums.
+    """
+    if len(touched) == 1:
+        return touched[0]
+    rows_V, place_A = torch.unique(torch.cat([rows for rows, _ in touched]), sorted=True, return_inverse=True)
+    grad_AD = torch.cat([grad for _, grad in touched])
+    return rows_V, grad_AD.new_zeros(len(rows_V), grad_AD.shape[1]).index_add(0, place_A, grad_AD)

@@ -1,7 +1,6 @@
-"""The engine of the dense parameters: DeepSpeed, and its plain twin where DeepSpeed is not installed.
+"""The engine of the dense parameters under DeepSpeed: ZeRO 0-3, float32 or bfloat16. The only file that knows deepspeed.
 
-Both average gradients over ranks, clip, step Adam and give or take the full dense state by name, whatever the ZeRO
-stage. The only file that knows deepspeed.
+Whatever the stage, it is used as the plain twin is (plain_engine has the contract), and its state is that twin's.
 """
 
 from __future__ import annotations
@@ -10,154 +9,28 @@ import importlib.util
 import logging
 import math
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mocme_dist.config.schema import DeepSpeedConfig
-from mocme_dist.errors import CheckpointError, ConfigError
+from mocme_dist.errors import ConfigError
 from mocme_dist.parallel.comm import Comm
+from mocme_dist.training.plain_engine import (
+    MOMENTS,
+    Engine,
+    TorchEngine,
+    buffers_of,
+    check_state,
+    clip_factor,
+    clip_plain,
+    load_plain_state,
+    plain_state,
+)
 
 log = logging.getLogger(__name__)
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class Engine(Protocol):
-    """What the loop needs of an engine."""
-
-    module: nn.Module
-
-    def __call__(self, *args: Any) -> Any:
-        """Forward through the wrapped module."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of the dense parameters, and of any leaf in the graph."""
-
-    def step(self) -> bool:
-        """Average, clip, update, forget the gradients; collective.
-
-        Returns:
-            Whether it was applied, the same on every rank: when a gradient of any rank is not finite, nothing moves.
-        """
-
-    def skip(self) -> None:
-        """Forget the gradients of a step that is not to be applied; called by all ranks."""
-
-    def gradient_norm(self) -> float:
-        """Global norm of the dense gradients of the last step, before clipping."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Full values, moments and buffers by name, float32 on the CPU; collective, the same on every rank."""
-
-    def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Take what `state` gave, at any stage and number of ranks; collective.
-
-        Args:
-            num_updates: steps that were applied so far, for Adam's bias correction.
-
-        Raises:
-            CheckpointError: tensors of `state` are missing here, or have other shapes than here.
-        """
-
-
-def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Persistent buffers only: the others are derived."""
-    parameters = dict(module.named_parameters())
-    return {name: value for name, value in module.state_dict().items() if name not in parameters}
-
-
-def _check_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Refuse a state of another model; under ZeRO-3 a parameter's own shape is that of its part."""
-    here = {f"buffer/{name}": tuple(value.shape) for name, value in buffers_of(module).items()}
-    for name, p in module.named_parameters():
-        here |= {f"{kind}/{name}": tuple(getattr(p, "ds_shape", p.shape)) for kind in ("value", *MOMENTS)}
-    there = {name: tuple(value.shape) for name, value in state.items()}
-    differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    if differing:
-        shown = "; ".join(f"{name}: checkpoint {there.get(name, 'nothing')}, now {here.get(name, 'nothing')}" for name in differing[:4])
-        raise CheckpointError(
-            f"dense state: {len(differing)} tensors differ from this model's: {shown}; the settings or the widths of the "
-            "features have changed; use another run.dir or the settings of then"
-        )
-
-
-class TorchEngine:
-    """Plain Adam and one flat all-reduce: the twin that parity tests compare with, and the engine without DeepSpeed."""
-
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], clip: float, comm: Comm) -> None:
-        self.module, self.clip, self.comm = module, clip, comm
-        self.optimizer = torch.optim.Adam(groups)
-        self._norm = 0.0
-
-    def __call__(self, *args: Any) -> Any:
-        """Forward."""
-        return self.module(*args)
-
-    def backward(self, loss: Tensor) -> None:
-        """Local gradients, then their mean over ranks."""
-        loss.backward()
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        # A parameter that this rank's graph did not reach counts as zero, as it does under DeepSpeed: all ranks reduce
-        # the same flat vector, and one count of updates serves all moments.
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
-        flat = self.comm.sum(flat) / self.comm.world_size
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
-
-    def step(self) -> bool:
-        """Clip and update; plain Adam would poison the weights with what is not finite."""
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
-        applied = math.isfinite(self._norm)
-        if applied:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return applied
-
-    def skip(self) -> None:
-        """Forget them."""
-        self.optimizer.zero_grad()
-
-    def gradient_norm(self) -> float:
-        """Of the last step."""
-        return self._norm
-
-    def state(self) -> dict[str, Tensor]:
-        """See `Engine`."""
-        return _plain_state(self.module, self.optimizer)
-
-    def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """See `Engine`."""
-        _check_state(self.module, state)
-        _load_values(self.module, state)
-        _load_plain_moments(self.module, self.optimizer, state, num_updates)
-
-
-def _plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(module).items()}
-    for name, p in module.named_parameters():
-        out[f"value/{name}"] = p.detach().float().cpu().clone()
-        for moment in MOMENTS:
-            value = optimizer.state.get(p, {}).get(moment)
-            out[f"{moment}/{name}"] = torch.zeros_like(out[f"value/{name}"]) if value is None else value.detach().float().cpu().clone()
-    return out
-
-
-def _load_values(module: nn.Module, state: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(state[f"value/{name}"])
-        for name, buffer in buffers_of(module).items():
-            buffer.copy_(state[f"buffer/{name}"])
-
-
-def _load_plain_moments(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], num_updates: int) -> None:
-    for name, p in module.named_parameters():
-        moments = {moment: state[f"{moment}/{name}"].to(p.device, p.dtype, copy=True) for moment in MOMENTS}
-        optimizer.state[p] = {"step": torch.tensor(float(num_updates)), **moments}
 
 
 class DeepSpeedEngine:
@@ -170,23 +43,15 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed()
         # DeepSpeed's own optimizer for bf16 at stage 0 shows neither masters nor moments; stage 1 gives equal numbers.
         self.stage = max(config.stage, 1) if config.bf16 else config.stage
-        self.comm = comm
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip,
-            "zero_optimization": {"stage": self.stage},
-            "bf16": {"enabled": config.bf16},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**62,
-        }
+        self.comm, self.clip, self._offloads = comm, clip, config.offload_optimizer == "cpu"
         optimizer = torch.optim.Adam(groups)
         exact = [buffer.clone() for buffer in module.buffers()]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+            model=module, optimizer=optimizer, config=_settings(config, self.stage, clip), dist_init_required=False
         )
-        self.module, self.plain, self._norm = module, optimizer, 0.0
+        self.module, self.plain, self._norm, self._outside = module, optimizer, 0.0, 0.0
+        self._adding = False
+        self._count_outside()
         # The engine casts buffers along with the parameters; statistics and moving averages need their digits.
         for buffer, value in zip(module.buffers(), exact, strict=True):
             buffer.data = value
@@ -196,49 +61,78 @@ class DeepSpeedEngine:
         """Forward."""
         return self.engine(*args)
 
-    def backward(self, loss: Tensor) -> None:
-        """Through the engine: plain backward is refused at stage 0."""
+    def _count_outside(self) -> None:
+        """Make the optimizer's own norm, which it clips and judges by, that of the rows outside as well."""
+        if self._is_plain():
+            return
         if self.stage == 3:
-            # Where a parameter is out of reach of this loss, its last gradient would be applied once more.
-            self.optimizer.grad_partitions_flat_buffer.zero_()
-        self.engine.backward(loss)
+            groups = self.optimizer._get_norm_groups
 
-    def step(self) -> bool:
+            def norms() -> list[Tensor]:
+                found = [norm.detach().clone() for norm in groups()]
+                self._norm = _total(found)
+                return [*found, found[0].new_tensor(self._outside)]
+
+            self.optimizer._get_norm_groups = norms
+            return
+        whole = self.optimizer.scaled_global_norm
+
+        def norm() -> Tensor:
+            found = whole()
+            self._norm = _total([found])
+            return found.new_tensor(math.hypot(self._norm, self._outside))
+
+        self.optimizer.scaled_global_norm = norm
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Through the engine: plain backward is refused at stage 0."""
+        if not self._adding:
+            self._forget_last()
+        self._adding = not last
+        self.engine.set_gradient_accumulation_boundary(last)
+        # A part's loss is its share of the whole step's: it must not be divided again, nor its rows' gradient.
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _forget_last(self) -> None:
+        """Where a parameter is out of reach of this loss, its last gradient would be applied once more."""
+        if self.stage == 3:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        if self._offloads:
+            for flat in self._masters():
+                if flat.grad is not None:
+                    flat.grad.zero_()
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's flat float32 masters, one a group; not where the engine is plain."""
+        return list(self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self.optimizer.single_partition_of_fp32_groups)
+
+    def step(self, outside: float = 0.0) -> float:
         """Clip and update. Plain Adam would step on whatever it finds; the engine's own optimizers look first."""
         if self._is_plain():
-            self._norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
-            if not math.isfinite(self._norm):
-                self.skip()
-                return False
+            self._norm, factor = clip_plain(self.module, self.clip, outside)
+            if factor:
+                self.engine.step()
+            else:
+                self.engine.zero_grad()
+            return factor
+        self._norm, self._outside = math.nan, outside
         self.engine.step()
-        return bool(self.engine.was_step_applied())
+        return clip_factor(math.hypot(self._norm, outside), self.clip) if self.engine.was_step_applied() else 0.0
 
     def skip(self) -> None:
-        """Forget them. The engine keeps reduced gradients in places of its own and adds the next ones to those."""
-        if self._is_plain():
-            self.engine.zero_grad()
-            return
-        # NaN makes the engine skip on every rank and clean up as it does after an overflow.
-        if self.stage == 3:
-            self.optimizer.grad_partitions_flat_buffer.fill_(float("nan"))
-        else:
-            from deepspeed.utils import safe_set_full_grad
-
-            p = next(p for p in self.module.parameters() if p.requires_grad)
-            safe_set_full_grad(p, torch.full_like(p, float("nan")))
-        self.engine.step()
+        """Forget them. The engine keeps reduced gradients in places of its own; a norm that is none makes it drop them all."""
+        self.step(math.nan)
 
     def gradient_norm(self) -> float:
         """Of the last step."""
-        norm = self._norm if self._is_plain() else self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return self._norm
 
     def state(self) -> dict[str, Tensor]:
         """Full tensors at any stage; every rank takes part."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._is_plain():
-            return _plain_state(self.module, self.plain)
+            return plain_state(self.module, self.plain)
         out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(self.module).items()}
         for name, p in self.module.named_parameters():
             out[f"value/{name}"] = safe_get_full_fp32_param(p).float().cpu().clone()
@@ -249,11 +143,10 @@ class DeepSpeedEngine:
 
     def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
         """Full tensors into whatever parts this stage keeps."""
-        _check_state(self.module, state)
         if self._is_plain():
-            _load_values(self.module, state)
-            _load_plain_moments(self.module, self.plain, state, num_updates)
+            load_plain_state(self.module, self.plain, state, num_updates)
             return
+        check_state(self.module, state)
         with torch.no_grad():
             for name, buffer in buffers_of(self.module).items():
                 buffer.copy_(state[f"buffer/{name}"])
@@ -291,10 +184,7 @@ class DeepSpeedEngine:
         """Give Adam the state that its first step would make: until then DeepSpeed can neither show nor take moments."""
         if self._is_plain():
             return
-        flats = (
-            self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else [p for g in self.plain.param_groups for p in g["params"]]
-        )
-        for flat in flats:
+        for flat in self._masters():
             self.plain.state[flat] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
         if self.stage < 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
@@ -302,6 +192,30 @@ class DeepSpeedEngine:
     def _is_plain(self) -> bool:
         """Stage 0 in float32 leaves parameters and optimizer as they are."""
         return self.optimizer is self.plain
+
+
+def _settings(config: DeepSpeedConfig, stage: int, clip: float) -> dict[str, Any]:
+    """DeepSpeed's configuration, made key by key: it ignores what it does not know."""
+    zero: dict[str, Any] = {"stage": stage}
+    if config.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        # In plain float32 at stage 0 we clip, because the engine sees no gradients but its own.
+        "gradient_clipping": clip if stage else 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+
+
+def _total(norms: list[Tensor]) -> float:
+    """Norm of several groups; DeepSpeed writes -1 for one that is not finite."""
+    values = [float(norm) for norm in norms]
+    return math.hypot(*(value if value >= 0 else math.nan for value in values))
 
 
 def _import_deepspeed() -> Any:
@@ -327,12 +241,14 @@ def make_engine(module: nn.Module, groups: list[dict[str, Any]], clip: float, co
         clip: largest gradient norm, 0 is off.
 
     Raises:
-        ConfigError: DeepSpeed is asked for and not installed, or bf16 without it.
+        ConfigError: DeepSpeed is asked for and not installed, or bf16 or offloading without it.
     """
     installed = importlib.util.find_spec("deepspeed") is not None
     if config.engine == "torch" or (config.engine == "auto" and not installed):
         if config.bf16:
             raise ConfigError("deepspeed.bf16: the torch engine is float32; install deepspeed or set deepspeed.bf16=false")
+        if config.offload_optimizer != "none":
+            raise ConfigError("deepspeed.offload_optimizer: the torch engine has none; install deepspeed or set it to none")
         if config.engine == "auto":
             log.warning("deepspeed is not installed: the dense part runs under its plain torch twin, without ZeRO")
         return TorchEngine(module, groups, clip, comm)

@@ -69,6 +69,24 @@ class RunLog:
         """A square matrix as a picture: 0 is white, `peak` and above is dark blue, a missing value (NaN) is grey."""
         self._guard(lambda: self._writer.add_image(name, heat_map(value, peak), step, dataformats="HWC"))
 
+    def layout(self, charts: Mapping[str, Mapping[str, list[str]]]) -> None:
+        """Arrange the Custom Scalars tab: category to chart to the curves it shows together (patterns of their names)."""
+        lines = {category: {title: ["Multiline", tags] for title, tags in named.items()} for category, named in charts.items()}
+        self._guard(lambda: self._writer.add_custom_scalars(lines))
+
+    def projector(self, step: int, vector_ND: np.ndarray, labels: list[list[str]], header: list[str], tiles: np.ndarray | None) -> None:
+        """The Projector tab: N vectors with their labels and, where there are any, their pictures (N, H, W, 3) uint8."""
+
+        def write() -> None:
+            import torch
+
+            pictures = None if tiles is None else torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+            self._writer.add_embedding(
+                torch.from_numpy(vector_ND), metadata=labels, label_img=pictures, global_step=step, tag="entities", metadata_header=header
+            )
+
+        self._guard(write)
+
     def hyper_parameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The HParams tab: settings with final metrics."""
         plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()}

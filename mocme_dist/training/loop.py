@@ -114,27 +114,20 @@ class Training:
             stream = iter(batches)
             while self.step < self.last_step and not (patience and self.bad_evaluations >= patience):
                 with self.worker.timer.phase("wait"):
-                    batch, route = next(stream)
-                with self.worker.timer.phase("lookup"):
-                    rows_VD = self.worker.table.gather(route.rows_V)
-                    entities = self.worker.inputs(route.rows_V, rows_VD)
+                    prepared = next(stream)
                 self._seed_dropout()
                 result = train_step(
                     self.worker.engine,
                     self.worker.table,
-                    rows_VD,
-                    entities,
-                    route,
-                    batch,
+                    self.worker.parts(prepared),
                     self.comm,
                     estimate=self.step % self.config.mine.every == 0,
-                    clip=self.config.train.gradient_clipping,
                     stop=self.stop(),
                     timer=self.worker.timer,
                 )
                 self.step += 1
-                self.monitor.record(self.step, result, route)
-                self._check_finite(result.skipped, batch.ids_U)
+                self.monitor.record(self.step, result, sum(route.sent_vectors for _, route in prepared))
+                self._check_finite(result.skipped, prepared[0][0].ids_U)
                 self._after_step(result.stop)
 
     def _seed_dropout(self) -> None:

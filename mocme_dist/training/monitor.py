@@ -1,14 +1,17 @@
 """What rank 0 says about a run: curves, heat maps, warnings and a line per interval.
 
-Curves in TensorBoard: train/ (loss and its parts, entropy classes, gradient norms, speed), phases/ (milliseconds a
-step), fusion/ (every expert's and modality's weight), information/ (heat maps in nats), valid/ (metrics), warnings/
-(one modality takes over; no negative is Hard).
+Curves in TensorBoard: train/ (loss and its parts, gradient norms, speed), entropy/ (share of Easy, Ambiguous, Hard), phases/
+(milliseconds a step), fusion/ (every expert's and modality's weight), by_role/ (modality weights of entities by the role they
+play), information/ (heat maps in nats), valid/ (metrics), scale/ (ranks, rows, memory, vectors sent), warnings/ (one modality
+takes over; no negative is Hard). The Custom Scalars tab shows them arranged, the Projector tab a sample of entities.
 """
 
 from __future__ import annotations
 
 import math
+import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,24 @@ import torch
 
 from mocme_dist.config import Config
 from mocme_dist.model.fusion import PairInformation
-from mocme_dist.parallel.exchange import Route
 from mocme_dist.training.log import Progress, RunLog, duration, log
+from mocme_dist.training.sample import entity_roles, frequent, thumbnails
 from mocme_dist.training.step import STAT_NAMES, StepResult
 from mocme_dist.training.worker import Worker
 
 # A modality that takes this share of the weight has collapsed the mixture, in the paper's words.
 COLLAPSE_SHARE = 0.9
+# Entities whose weights are told apart by role, and how many roles get curves of their own.
+ROLE_SAMPLE, ROLES_SHOWN = 4096, 6
+CHARTS = {
+    "Learning": {"loss": ["train/loss", "train/loss_positive", "train/loss_negative"], "MRR on valid": ["valid/(head_|tail_)?mrr"]},
+    "Fusion": {"weight of each modality": ["fusion/modality/.*"], "weight of each expert": ["fusion/expert/.*"]},
+    "Modality weights by role": {"all roles": ["by_role/.*"]},
+    "Negatives": {"share by entropy": ["entropy/(easy|ambiguous|hard)"]},
+    "Time": {"milliseconds a step": ["phases/.*_ms"], "queries a second": ["train/queries_per_s"]},
+    "Scale": {"memory of rank 0, GiB": ["scale/rss_gib"], "vectors sent a step": ["scale/vectors_sent"]},
+    "Health": {"gradient norms": ["train/gradient_norm_.*"], "warnings": ["warnings/.*", "train/skipped_steps"]},
+}
 
 
 class Monitor:
@@ -37,6 +51,14 @@ class Monitor:
         self.sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64)
         self.skipped = self.total_skipped = self.sent_vectors = 0
         self.collapsed = self.no_hard = False
+        self.log.layout(CHARTS)
+        self.roles = self._find_roles() if self.rank0 else []
+
+    def _find_roles(self) -> list[str]:
+        """Role of each entity of a sample: the first of this rank's rows."""
+        w = self.worker
+        count = min(w.last - w.first, ROLE_SAMPLE)
+        return entity_roles(w.dataset.triples("train"), w.dataset.relation_names(), w.first, count)
 
     def opening(self, steps_per_epoch: int) -> str:
         """The run in one line."""
@@ -54,14 +76,14 @@ class Monitor:
         """Since this process began to train."""
         return time.perf_counter() - self.started
 
-    def record(self, step: int, result: StepResult, route: Route) -> None:
+    def record(self, step: int, result: StepResult, sent_vectors: int) -> None:
         """Add a step; write when the interval is full."""
         if result.skipped:
             self.skipped += 1
             self.total_skipped += 1
         else:
             self.sums += result.sums.cpu()
-        self.sent_vectors += route.sent_vectors
+        self.sent_vectors += sent_vectors
         queries = float(self.sums[STAT_NAMES.index("queries")]) or math.nan  # all skipped: no figure, and not zero
         loss = float(self.sums[0]) / queries
         self.progress(step, f"loss {loss:.4f}")
@@ -93,12 +115,20 @@ class Monitor:
             "train/skipped_steps": float(self.total_skipped),
             **{f"entropy/{name}": named[name] / allowed for name in ("easy", "ambiguous", "hard")},
             **{f"phases/{name}_ms": 1e3 * seconds / steps for name, seconds in self.worker.timer.seconds.items()},
-            "phases/vectors_sent": self.sent_vectors / steps,
+            **self._scale(steps),
             **self._weights(result),
             **self._warnings(named, allowed, result),
         }
         self.log.scalars(step, values)
         self.log.line({"step": step, "epoch": step / self.worker.maker.sampler.steps_per_epoch, **values})
+
+    def _scale(self, steps: int) -> dict[str, float]:
+        return {
+            "scale/ranks": float(self.worker.comm.world_size),
+            "scale/rows_per_rank": float(self.worker.last - self.worker.first),
+            "scale/rss_gib": resident_bytes() / 2**30,
+            "scale/vectors_sent": self.sent_vectors / steps,
+        }
 
     def _weights(self, result: StepResult) -> dict[str, float]:
         out = {}
@@ -129,7 +159,7 @@ class Monitor:
         flat = {f"valid/{key}": value for key, value in metrics.items() if isinstance(value, float)}
         flat |= {f"valid/{side}_{key}": value for side in ("head", "tail") for key, value in metrics[side].items()}
         flat["phases/evaluate_s"] = seconds
-        flat |= self._weights_by_presence()
+        flat |= self._weights_by_presence() | self._weights_by_role()
         self.log.scalars(step, flat)
         self.log.line({"step": step, "epoch": epoch, "elapsed_s": round(self.seconds(), 2), **flat})
         self._heat_maps(step)
@@ -151,6 +181,19 @@ class Monitor:
             return {}
         return {f"fusion/complete/{name}": float(weights[complete, m].mean()) for m, name in enumerate(self.worker.modalities)}
 
+    def _weights_by_role(self) -> dict[str, float]:
+        """Mean weight of each modality over the sampled entities of each frequent role."""
+        weights = self.worker.modality_weights[: len(self.roles)]
+        roles = np.array(frequent(self.roles, ROLES_SHOWN), dtype=str)
+        if len(self.worker.modalities) == 1 or len(weights) < len(roles):
+            return {}
+        means = {role: weights[torch.from_numpy(roles == role)].mean(0).tolist() for role in np.unique(roles).tolist()}
+        return {
+            f"by_role/{role.replace(' ', '_')}/{name}": mean
+            for role, row in means.items()
+            for name, mean in zip(self.worker.modalities, row, strict=True)
+        }
+
     def _heat_maps(self, step: int) -> None:
         fusion = self.worker.model.fusion
         K = self.config.experts.num_experts
@@ -164,8 +207,26 @@ class Monitor:
             self.log.heat_map(f"information/{name}", step, matrix, peak)
             self.log.scalars(step, {f"information/{name}_mean": float(pairs.information_P.mean()), f"information/{name}_cap": peak})
 
+    def show_entities(self, step: int) -> None:
+        """Fill the projector with a sample: fused vectors, names, roles and pictures; collective."""
+        w = self.worker
+        first, last = w.partition.bounds(0)
+        count = min(last - first, self.config.train.projector)
+        if count < 2:
+            return
+        vector_ND = w.vectors_of(np.arange(first, first + count))
+        if not self.rank0:
+            return
+        names, tiles = w.dataset.entity_names()[first : first + count], None
+        if "image" in w.dataset.modalities:
+            limits = self.config.encoders
+            tiles = thumbnails(w.dataset, first, count, limits.max_member_mb * 2**20, limits.max_pixels)
+        labels = [[name, role] for name, role in zip(names, self.roles + [""] * count, strict=False)]
+        self.log.projector(step, vector_ND.float().cpu().numpy(), labels, ["name", "role"], tiles)
+
     def finished(self, report: dict[str, Any]) -> None:
-        """Final metrics beside the settings that made them."""
+        """Final metrics beside the settings that made them, and a sample of entities; collective."""
+        self.show_entities(report["step"])
         c = self.config
         settings = {
             "modalities": "+".join(self.worker.modalities),
@@ -184,6 +245,14 @@ class Monitor:
         }
         metrics = {f"final/test_{key}": float(report[key]) for key in ("mrr", "hits@1", "hits@3", "hits@10")}
         self.log.hyper_parameters(settings, {**metrics, "final/valid_mrr": float(report["valid_mrr"])})
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def information_matrix(pairs: PairInformation, size: int) -> np.ndarray:

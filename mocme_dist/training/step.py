@@ -1,7 +1,7 @@
 """One training step: encode at the owner, exchange fused vectors, score, weigh; gradients back the same way.
 
 The engine wraps `StepModule`, which holds the dense parameters only. The rows enter as a leaf tensor and leave with
-a gradient; the table applies it.
+a gradient; the table applies it. A step may come in parts, whose gradients add up (deepspeed.gradient_accumulation_steps).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ from mocme_dist.model.loss import LossSettings, LossStats, completion_loss
 from mocme_dist.model.mocme import MoCME
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.exchange import Route, exchange
-from mocme_dist.parallel.table import EntityTable
-from mocme_dist.training.engine import Engine, buffers_of
+from mocme_dist.parallel.table import EntityTable, coalesce
+from mocme_dist.training.plain_engine import Engine, buffers_of
 
 
 class PhaseTimer:
@@ -104,21 +104,27 @@ def pack_stats(stats: LossStats, mine_loss: Tensor, stop: bool) -> Tensor:
     return torch.cat([torch.stack([*(value.double() for value in scalars), flag.double()]), stats.classes_3.double()])
 
 
+class Part(NamedTuple):
+    """A share of a step that is encoded and scored at once; its rows are a leaf."""
+
+    rows_VD: Tensor
+    entities: EntityInput
+    route: Route
+    batch: Batch
+    last: bool
+
+
 def train_step(
-    engine: Engine,
-    table: EntityTable,
-    rows_VD: Tensor,
-    entities: EntityInput,
-    route: Route,
-    batch: Batch,
-    comm: Comm,
-    *,
-    estimate: bool,
-    clip: float,
-    stop: bool,
-    timer: PhaseTimer,
+    engine: Engine, table: EntityTable, parts: Iterable[Part], comm: Comm, *, estimate: bool, stop: bool, timer: PhaseTimer
 ) -> StepResult:
-    """Forward, agree that all is finite, backward, update. Nothing moves on any rank when anything is not finite."""
+    """Forward, agree that all is finite, backward, update. Nothing moves on any rank when anything is not finite.
+
+    Args:
+        parts: of the step, in order; taken one at a time, so that only one is in memory. The last one estimates
+            mutual information, so that all parts are fused with the same weights.
+        estimate: whether this step does.
+        stop: whether this rank was asked to end the run.
+    """
     # Moving averages follow the forward pass: one bad step would stay in them for ever.
     averages = {name: value.clone() for name, value in buffers_of(engine.module).items()}
 
@@ -128,25 +134,28 @@ def train_step(
                 value.copy_(averages[name])
         return StepResult(sums, fused, True, stopping, norm)
 
-    with timer.phase("compute"):
-        loss, stats, fused = engine(entities, route, batch, estimate)
-        sums = comm.sum(pack_stats(stats, fused.loss, stop))
-        finite = bool(torch.isfinite(sums).all())
-        stopping = bool(sums[STAT_NAMES.index("stop")] > 0)
-        if not finite:
-            return skipped(math.nan)
-        engine.backward(loss)
-    with timer.phase("update"):
+    sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64, device=comm.device)
+    touched: list[tuple[Tensor, Tensor]] = []
+    for part in parts:
+        with timer.phase("compute"):
+            loss, stats, fused = engine(part.entities, part.route, part.batch, estimate and part.last)
+            sums += comm.sum(pack_stats(stats, fused.loss, stop))
+            finite = bool(torch.isfinite(sums).all())
+            stopping = bool(sums[STAT_NAMES.index("stop")] > 0)
+            if finite or touched:
+                engine.backward(loss, part.last or not finite)
+            if not finite:
+                if touched:
+                    engine.skip()
+                return skipped(math.nan)
         # Rows got the sum over ranks of gradients that were multiplied by the world size; see StepModule.
-        grad_VD = rows_VD.grad if rows_VD.grad is not None else torch.zeros_like(rows_VD)
-        grad_VD = grad_VD / comm.world_size
+        grad_VD = part.rows_VD.grad if part.rows_VD.grad is not None else torch.zeros_like(part.rows_VD)
+        touched.append((part.route.rows_V, grad_VD / comm.world_size))
+    with timer.phase("update"):
+        rows_V, grad_VD = coalesce(touched)
         norm = math.sqrt(float(comm.sum(grad_VD.double().square().sum())))
-        if not math.isfinite(norm):
-            engine.skip()
+        factor = engine.step(norm)
+        if not factor:
             return skipped(norm)
-        if not engine.step():
-            return skipped(norm)
-        if clip and norm > clip:
-            grad_VD = grad_VD * (clip / norm)
-        table.update(route.rows_V, grad_VD)
+        table.update(rows_V, grad_VD if factor == 1 else grad_VD * factor)
     return StepResult(sums, fused, False, stopping, norm)

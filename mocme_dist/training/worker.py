@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from mocme_dist.partition import RowPartition
 from mocme_dist.training.encode import EntityEncoder
 from mocme_dist.training.engine import make_engine
 from mocme_dist.training.log import Progress
-from mocme_dist.training.step import EntityInput, PhaseTimer, StepModule
+from mocme_dist.training.step import EntityInput, Part, PhaseTimer, StepModule
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Worker:
             0 if config.train.loss == "one_vs_all" else config.negatives.count,
             comm.rank,
             comm.world_size,
+            config.deepspeed.gradient_accumulation_steps,
         )
 
     def _open_stores(self) -> dict[str, FeatureStore]:
@@ -155,11 +157,22 @@ class Worker:
             std_F = (square_F / count.clamp_min(1) - mean_F.square()).clamp_min(0).sqrt()
             self.model.projections.by_modality[name].set_statistics(mean_F.float(), std_F.float())  # type: ignore[operator]
 
-    def prepare(self, step: int) -> tuple[Batch, Route]:
-        """This rank's batch of `step` and its route; collective, called by the background thread in order of steps."""
-        batch = self.maker.make(step)
-        route = plan_route(batch.ids_U, self.partition, self.comm)
-        return batch.to(self.comm.device), route.to(self.comm.device)
+    def prepare(self, step: int) -> list[tuple[Batch, Route]]:
+        """This rank's parts of `step` and their routes; collective, called by the background thread in order of steps."""
+        prepared = []
+        for part in range(self.maker.parts):
+            batch = self.maker.make(step, part)
+            route = plan_route(batch.ids_U, self.partition, self.comm)
+            prepared.append((batch.to(self.comm.device), route.to(self.comm.device)))
+        return prepared
+
+    def parts(self, prepared: list[tuple[Batch, Route]]) -> Iterator[Part]:
+        """What `train_step` takes, looked up one by one."""
+        for number, (batch, route) in enumerate(prepared, 1):
+            with self.timer.phase("lookup"):
+                rows_VD = self.table.gather(route.rows_V)
+                entities = self.inputs(route.rows_V, rows_VD)
+            yield Part(rows_VD, entities, route, batch, number == len(prepared))
 
     def inputs(self, rows_V: Tensor, rows_VD: Tensor) -> EntityInput:
         """What encoding local rows needs, from table and stores."""
@@ -188,6 +201,13 @@ class Worker:
         self.model.train()
         self.modality_weights = encoder.weights_rM
         return shard
+
+    def vectors_of(self, ids_Q: np.ndarray) -> Tensor:
+        """(Q, D) fused vectors of this rank's entities among `ids_Q`, zeros for others; under ZeRO-3 all ranks must call it."""
+        self.model.eval()
+        out_QD = self._encoder().pick(ids_Q)
+        self.model.train()
+        return out_QD
 
     def _check_finite(self, finite: bool) -> None:
         if self.comm.any(not finite):

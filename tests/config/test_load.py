@@ -166,3 +166,14 @@ def test_every_field_is_documented():
                 yield from fields(nested, f"{path}{name}.")
 
     assert [name for name, description in fields(Config, "") if not description] == []
+
+
+def test_a_key_of_another_section_is_pointed_at():
+    with pytest.raises(ConfigError, match=r"deepspeed.gradient_clipping: unknown key; did you mean train.gradient_clipping\?"):
+        load_config([], ["deepspeed.gradient_clipping=1.0"])
+
+
+def test_offloading_needs_a_stage_that_partitions():
+    with pytest.raises(ConfigError, match="deepspeed: offload_optimizer cpu with stage 0; expected stage 1, 2 or 3"):
+        load_config([], ["deepspeed.offload_optimizer=cpu", "deepspeed.stage=0"])
+    assert load_config([], ["deepspeed.offload_optimizer=cpu"]).deepspeed.stage == 1

@@ -112,16 +112,17 @@ def test_all_equal_vectors_give_the_mean_rank():
     assert np.array_equal(found, (1 + left) / 2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_vectors_that_are_not_finite_give_no_good_rank(bad):
+def test_vectors_that_are_not_finite_give_no_good_rank(bad, compiled):
     """A model that has diverged must not look perfect: a target without a distance is last."""
     test, known = graph()
     queries, (z_ED, phase_RC) = split_queries(test), vectors()
-    everything = rank_alone(queries, known, torch.full((E, D), float("nan")), phase_RC, query_block=16, tile_rows=20)
+    everything = rank_alone(queries, known, torch.full((E, D), float("nan")), phase_RC, query_block=16, tile_rows=20, compiled=compiled)
     offsets, _ = known.lookup(queries.source, queries.relation, queries.direction)
     assert np.array_equal(everything, E - (np.diff(offsets) - 1.0))
     z_ED[queries.target[0]] = bad
-    found = rank_alone(queries, known, z_ED, phase_RC, query_block=16, tile_rows=20)
+    found = rank_alone(queries, known, z_ED, phase_RC, query_block=16, tile_rows=20, compiled=compiled)
     assert found[0] == E - (np.diff(offsets)[0] - 1)
 
 

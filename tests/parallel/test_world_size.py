@@ -14,14 +14,14 @@ from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.data.known import KnownAnswers
 from mocme_dist.model.entropy import Weighting
 from mocme_dist.model.fusion import FusionSettings
-from mocme_dist.model.loss import LossSettings
+from mocme_dist.model.loss import LossSettings, completion_loss
 from mocme_dist.model.mocme import MoCME, ModelSettings
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.exchange import plan_route
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
 from mocme_dist.training.engine import TorchEngine
-from mocme_dist.training.step import STAT_NAMES, EntityInput, PhaseTimer, StepModule, train_step
+from mocme_dist.training.step import STAT_NAMES, EntityInput, Part, PhaseTimer, StepModule, train_step
 
 R, D, F = 3, 8, 5
 
@@ -37,6 +37,7 @@ class Case(NamedTuple):
     steps: int = 4
     clip: float = 0.0
     mine_rate: float = 0.01
+    parts: int = 1
 
 
 class Outcome(NamedTuple):
@@ -79,29 +80,20 @@ def train(comm: Comm, case: Case) -> Outcome:
     sampler = QuerySampler(len(triples_T3), case.batch_size, seed=2)
     negatives = 0 if case.loss == "one_vs_all" else 6
     known = KnownAnswers.build(triples_T3, R)
-    maker = BatchMaker(triples_T3, known, case.num_entities, sampler, 4, negatives, comm.rank, comm.world_size)
+    maker = BatchMaker(triples_T3, known, case.num_entities, sampler, 4, negatives, comm.rank, comm.world_size, case.parts)
     values, present = features(case)
     losses = []
     for step in range(case.steps):
-        batch = maker.make(step)
-        route = plan_route(batch.ids_U, partition, comm)
-        rows_VD = table.gather(route.rows_V)
-        ids_V = route.rows_V + first
-        raw = {"structure": rows_VD, "text": values[0, ids_V], "numeric": values[1, ids_V]}
-        has = torch.cat([torch.ones(1, len(ids_V), dtype=torch.bool), present[:, ids_V]])
-        result = train_step(
-            engine,
-            table,
-            rows_VD,
-            EntityInput(raw, has, ids_V % 2 == 1),
-            route,
-            batch,
-            comm,
-            estimate=True,
-            clip=case.clip,
-            stop=False,
-            timer=PhaseTimer(),
-        )
+        parts = []
+        for number in range(case.parts):
+            batch = maker.make(step, number)
+            route = plan_route(batch.ids_U, partition, comm)
+            rows_VD = table.gather(route.rows_V)
+            ids_V = route.rows_V + first
+            raw = {"structure": rows_VD, "text": values[0, ids_V], "numeric": values[1, ids_V]}
+            has = torch.cat([torch.ones(1, len(ids_V), dtype=torch.bool), present[:, ids_V]])
+            parts.append(Part(rows_VD, EntityInput(raw, has, ids_V % 2 == 1), route, batch, number == case.parts - 1))
+        result = train_step(engine, table, parts, comm, estimate=True, stop=False, timer=PhaseTimer())
         assert not result.skipped
         sums = dict(zip(STAT_NAMES, result.sums.tolist(), strict=True))
         assert sums["queries"] == batch.total
@@ -115,7 +107,7 @@ def train(comm: Comm, case: Case) -> Outcome:
     return Outcome(losses, rows_ED, {name: value for name, value in state.items() if name.startswith("value/")}, information)
 
 
-def outcomes(run_ranks: Any, case: Case, worlds: tuple[int, ...] = (1, 2, 3)) -> list[Outcome]:
+def outcomes(run_ranks: Any, case: Case, worlds: tuple[int, ...] = (1, 2, 3, 4)) -> list[Outcome]:
     found = []
     for world in worlds:
         ranks = run_ranks(world, train, case)
@@ -134,8 +126,10 @@ def outcomes(run_ranks: Any, case: Case, worlds: tuple[int, ...] = (1, 2, 3)) ->
         Case(estimator="cosine"),
         # 90 queries in batches of 64: the second step of the epoch has 26, and ranks that have only filling.
         Case(batch_size=64, steps=5),
+        # 5 chunks in 3 parts: ranks of 2 and more have parts of nothing but filling.
+        Case(parts=3, clip=0.05),
     ],
-    ids=["contrastive", "clipped", "one_vs_all", "fewer rows than ranks", "cosine", "short last batch"],
+    ids=["contrastive", "clipped", "one_vs_all", "fewer rows than ranks", "cosine", "short last batch", "in parts"],
 )
 def test_steps_agree_at_every_world_size(run_ranks, case):
     plain, *others = outcomes(run_ranks, case)
@@ -149,6 +143,51 @@ def test_steps_agree_at_every_world_size(run_ranks, case):
         assert torch.equal((other.rows_ED == start).all(1), (plain.rows_ED == start).all(1))
         for name, value in plain.dense.items():
             torch.testing.assert_close(other.dense[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def plain_twin(comm: Comm, case: Case) -> Outcome:
+    """One torch model that holds the table as well: one Adam, one clip_grad_norm_ over everything, no ranks and no routes."""
+    triples_T3 = graph(case)
+    settings = ModelSettings(width=D, num_experts=2, gamma=6.0, fusion=FusionSettings(case.estimator))
+    model = MoCME({"structure": D, "text": F, "numeric": F}, R, settings, seed=2)
+    rows = torch.nn.Parameter(EntityTable(RowPartition(case.num_entities, 1), 0, D, seed=2).rows_rD.clone())
+    everything = [*model.parameters(), rows]
+    adam = torch.optim.Adam(everything, lr=0.01)
+    values, present = features(case)
+    known = KnownAnswers.build(triples_T3, R)
+    maker = BatchMaker(triples_T3, known, case.num_entities, QuerySampler(len(triples_T3), case.batch_size, seed=2), 4, 0, 0, 1)
+    has = torch.cat([torch.ones(1, case.num_entities, dtype=torch.bool), present])
+    losses = []
+    for step in range(case.steps):
+        batch = maker.make(step)
+        z_ED = model.encode({"structure": rows, "text": values[0], "numeric": values[1]}, has).z_VD
+        ends = (z_ED[batch.source_Gb], model.relations(batch.relation_Gb), batch.sign_Gb, z_ED[batch.target_Gb], z_ED[batch.pool_GN])
+        loss, _ = completion_loss(*ends, batch.allowed_GbN, batch.weight_Gb, LossSettings(case.loss, 6.0))
+        adam.zero_grad()
+        (loss / batch.total).backward()
+        torch.nn.utils.clip_grad_norm_(everything, case.clip)
+        adam.step()
+        losses.append(float(loss) / batch.total)
+    return Outcome(losses, rows.detach(), {f"value/model.{name}": p.detach() for name, p in model.named_parameters()}, {})
+
+
+def test_clipping_is_by_one_norm_over_the_dense_part_and_the_rows(run_ranks):
+    """`one_vs_all` touches every row at every step, so Adam on touched rows is Adam; small steps are clipped hard."""
+    case = Case(loss="one_vs_all", clip=0.01, steps=6)
+    (plain,) = run_ranks(1, plain_twin, case)
+    for found in outcomes(run_ranks, case, (1, 3)):
+        assert found.losses == pytest.approx(plain.losses, rel=1e-5)
+        torch.testing.assert_close(found.rows_ED, plain.rows_ED, rtol=1e-4, atol=1e-5)
+        for name, value in plain.dense.items():
+            torch.testing.assert_close(found.dense[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(run_ranks):
+    whole = outcomes(run_ranks, Case(), (1,))[0]
+    for parts, world in ((2, 1), (5, 2), (7, 1)):
+        cut = outcomes(run_ranks, Case(parts=parts), (world,))[0]
+        assert cut.losses == pytest.approx(whole.losses, rel=1e-5)
+        torch.testing.assert_close(cut.rows_ED, whole.rows_ED, rtol=1e-4, atol=1e-5)
 
 
 def test_information_estimates_agree_at_every_world_size_within_sampling_error(run_ranks):

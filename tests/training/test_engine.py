@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -16,6 +17,7 @@ from mocme_dist.training.engine import Engine, make_engine
 # How the dense part may be held: engine, ZeRO stage, bf16.
 FLOAT = [("torch", 0, False), *(("deepspeed", stage, False) for stage in range(4))]
 BF16 = [("deepspeed", stage, True) for stage in range(4)]
+OFFLOAD = [("offload", stage, False) for stage in (1, 2, 3)]
 STEPS, SAMPLES = 5, 6
 
 
@@ -37,13 +39,15 @@ class Tiny(nn.Module):
         return (out * self.sometimes.float() if reach else out).square().sum() / SAMPLES
 
 
-def make(comm: Any, kind: tuple[str, int, bool], clip: float = 0.0) -> Engine:
+def make(comm: Any, kind: tuple[str, int, bool], clip: float = 0.0, parts: int = 1) -> Engine:
     module = Tiny()
     slow = [p for name, p in module.named_parameters() if name.startswith("second")]
     fast = [p for name, p in module.named_parameters() if not name.startswith("second")]
     groups = [{"params": fast, "lr": 0.05}, {"params": slow, "lr": 0.01}]
     engine, stage, bf16 = kind
-    return make_engine(module, groups, clip, DeepSpeedConfig(engine=engine, stage=stage, bf16=bf16), comm)
+    config: dict[str, Any] = {"engine": "deepspeed", "offload_optimizer": "cpu"} if engine == "offload" else {"engine": engine}
+    config |= {"stage": stage, "bf16": bf16, "gradient_accumulation_steps": parts}
+    return make_engine(module, groups, clip, DeepSpeedConfig(**config), comm)
 
 
 def forward(engine: Engine, comm: Any, step: int) -> tuple[Tensor, Tensor]:
@@ -115,6 +119,14 @@ def check_skips(comm: Any, kinds: list[tuple[str, int, bool]]) -> None:
         engine.backward(loss)
         engine.skip()
         assert_states_equal(before, engine.state(), rtol=0, atol=0)
+        # What lies outside is not finite, or a later part of the step.
+        _, loss = forward(engine, comm, 92)
+        engine.backward(loss)
+        assert engine.step(math.nan) == 0
+        engine.backward(forward(engine, comm, 93)[1], last=False)
+        engine.backward(forward(engine, comm, 94)[1] * (math.inf if comm.rank == 0 else 1))
+        engine.skip()
+        assert_states_equal(before, engine.state(), rtol=0, atol=0)
         # One rank's gradient is not finite: all ranks refuse.
         rows_VD, loss = forward(engine, comm, 91)
         if comm.rank == comm.world_size - 1:
@@ -125,6 +137,27 @@ def check_skips(comm: Any, kinds: list[tuple[str, int, bool]]) -> None:
         for step in range(2, STEPS):
             assert take_step(engine, comm, step) == take_step(undisturbed, comm, step), kind
         assert_states_equal(undisturbed.state(), engine.state(), rtol=0, atol=0)
+
+
+def check_parts_and_outside(comm: Any, kinds: list[tuple[str, int, bool]]) -> None:
+    """Parts of a step add up to the whole, and clipping is by the norm with what lies outside; the plain engine is first."""
+    states = []
+    for kind in kinds:
+        whole, cut = make(comm, kind, clip=0.5), make(comm, kind, clip=0.5, parts=2)
+        bound = 1e-2 if kind[2] else 1e-5
+        for step in range(3):
+            outside = 0.7 * step
+            whole.backward(forward(whole, comm, step)[1] + forward(whole, comm, step + 50)[1])
+            expected = whole.step(outside)
+            cut.backward(forward(cut, comm, step)[1], last=False)
+            cut.backward(forward(cut, comm, step + 50)[1], last=True)
+            factor = cut.step(outside)
+            assert 0 < factor < 1 and factor == pytest.approx(expected, rel=bound), kind
+            assert factor == pytest.approx(0.5 / math.hypot(cut.gradient_norm(), outside), rel=1e-5)
+        tolerance = {"rtol": 2 * bound, "atol": 2 * bound} if kind[2] else {"rtol": 1e-5, "atol": 1e-6}
+        assert_states_equal(whole.state(), cut.state(), **tolerance)
+        states.append(cut.state())
+        assert_states_equal(states[0], cut.state(), **tolerance)
 
 
 def check_bf16(comm: Any) -> list[list[float]]:
@@ -150,7 +183,10 @@ def body(comm: Any) -> Any:
     kinds = FLOAT if comm.world_size < 3 else [FLOAT[0], FLOAT[3], FLOAT[4]]
     losses, state = check_losses(comm, kinds)
     check_resume(comm, kinds, 1e-6)
-    check_skips(comm, [*kinds, *(BF16 if comm.world_size == 2 else [])])
+    check_skips(comm, [*kinds, *(BF16 + OFFLOAD if comm.world_size == 2 else [])])
+    check_parts_and_outside(comm, [*kinds, *(BF16 + OFFLOAD if comm.world_size == 2 else [])])
+    check_losses(comm, [*kinds[:1], *OFFLOAD])
+    check_resume(comm, [kinds[0], *OFFLOAD] if comm.world_size == 2 else [], 1e-6)
     bf16 = check_bf16(comm) if comm.world_size < 3 else []
     check_resume(comm, BF16[1:] if comm.world_size == 2 else [], 1e-2)
     return losses, bf16, state
@@ -177,6 +213,7 @@ def reference(comm: Any) -> tuple[list[float], dict[str, Tensor]]:
 
 def test_torch_engine_refuses_what_is_not_finite_and_counts_unreached_parameters(run_ranks):
     run_ranks(2, check_skips, FLOAT[:1])
+    run_ranks(2, check_parts_and_outside, FLOAT[:1])
     run_ranks(1, check_resume, FLOAT[:1], 0.0)
 
 
@@ -189,6 +226,8 @@ def check_refusals(comm: Any) -> None:
         engine.load_state({**state, "value/first.bias": torch.zeros(9)}, 1)
     with pytest.raises(ConfigError, match="bf16"):
         make(comm, ("torch", 1, True))
+    with pytest.raises(ConfigError, match="offload"):
+        make_engine(Tiny(), [], 0, DeepSpeedConfig(engine="torch", offload_optimizer="cpu"), comm)
 
 
 def test_a_state_of_another_model_is_refused_by_name(run_ranks):

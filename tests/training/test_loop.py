@@ -213,8 +213,9 @@ def bad_steps(comm: Any, dataset: Path, folder: Path, bad: list[int], where: str
     Path(config.run.dir, "checkpoints").mkdir(parents=True, exist_ok=True)
     original, counter, skipped = loop.train_step, itertools.count(1), []
 
-    def train_step(engine: Any, table: Any, rows_VD: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        step = next(counter)
+    def train_step(engine: Any, table: Any, parts: Any, *args: Any, **kwargs: Any) -> Any:
+        step, parts = next(counter), list(parts)
+        rows_VD = parts[-1].rows_VD
         worker = training[0]
         before = everything(worker)
         if step in bad and comm.rank == comm.world_size - 1:
@@ -222,7 +223,7 @@ def bad_steps(comm: Any, dataset: Path, folder: Path, bad: list[int], where: str
                 rows_VD.data[0, 0] = math.nan
             else:
                 rows_VD.register_hook(lambda grad: grad * math.nan)
-        result = original(engine, table, rows_VD, *args, **kwargs)
+        result = original(engine, table, parts, *args, **kwargs)
         after = everything(worker)
         same = all(torch.equal(before[name], after[name]) for name in before)
         assert same == result.skipped == (step in bad), step

@@ -1,0 +1,185 @@
+"""The engine's contract, and its plain twin: what DeepSpeed is compared with, and what runs where it is not installed.
+
+An engine averages dense gradients over ranks, clips, steps Adam and gives or takes the full dense state by name. One
+global norm serves clipping and the finite check: that of the dense gradients and of the rows outside the engine together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mocme_dist.errors import CheckpointError
+from mocme_dist.parallel.comm import Comm
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine."""
+
+    module: nn.Module
+
+    def __call__(self, *args: Any) -> Any:
+        """Forward through the wrapped module."""
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add gradients of the dense parameters, and of any leaf in the graph.
+
+        Args:
+            last: the last part of a step; parts before it only add up.
+        """
+
+    def step(self, outside: float = 0.0) -> float:
+        """Average, clip, update, forget the gradients; collective.
+
+        Args:
+            outside: norm of the gradients that belong to this step and are not the engine's, the same on every rank.
+
+        Returns:
+            What clipping multiplied the gradients by, the same on every rank. 0: a gradient of any rank, or `outside`,
+            is not finite, and nothing moved.
+        """
+
+    def skip(self) -> None:
+        """Forget the gradients of a step that is not to be applied; after a backward with `last`, by all ranks."""
+
+    def gradient_norm(self) -> float:
+        """Global norm of the dense gradients of the last step, before clipping."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Full values, moments and buffers by name, float32 on the CPU; collective, the same on every rank."""
+
+    def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
+        """Take what `state` gave, at any stage and number of ranks; collective.
+
+        Args:
+            num_updates: steps that were applied so far, for Adam's bias correction.
+
+        Raises:
+            CheckpointError: tensors of `state` are missing here, or have other shapes than here.
+        """
+
+
+def clip_factor(norm: float, clip: float) -> float:
+    """What gradients of a global norm are multiplied by so that it stays under `clip`, 0 is off; as torch's clip_grad_norm_."""
+    return min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers only: the others are derived."""
+    parameters = dict(module.named_parameters())
+    return {name: value for name, value in module.state_dict().items() if name not in parameters}
+
+
+def check_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Refuse a state of another model; under ZeRO-3 a parameter's own shape is that of its part.
+
+    Raises:
+        CheckpointError: the tensors that differ, with both shapes.
+    """
+    here = {f"buffer/{name}": tuple(value.shape) for name, value in buffers_of(module).items()}
+    for name, p in module.named_parameters():
+        here |= {f"{kind}/{name}": tuple(getattr(p, "ds_shape", p.shape)) for kind in ("value", *MOMENTS)}
+    there = {name: tuple(value.shape) for name, value in state.items()}
+    differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if differing:
+        shown = "; ".join(f"{name}: checkpoint {there.get(name, 'nothing')}, now {here.get(name, 'nothing')}" for name in differing[:4])
+        raise CheckpointError(
+            f"dense state: {len(differing)} tensors differ from this model's: {shown}; the settings or the widths of the "
+            "features have changed; use another run.dir or the settings of then"
+        )
+
+
+class TorchEngine:
+    """Plain Adam and one flat all-reduce: the twin that parity tests compare with, and the engine without DeepSpeed."""
+
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], clip: float, comm: Comm) -> None:
+        self.module, self.clip, self.comm = module, clip, comm
+        self.optimizer = torch.optim.Adam(groups)
+        self._norm = 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        """Forward."""
+        return self.module(*args)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Local gradients, and after the last part their mean over ranks."""
+        loss.backward()
+        if not last:
+            return
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        # A parameter that this rank's graph did not reach counts as zero, as it does under DeepSpeed: all ranks reduce
+        # the same flat vector, and one count of updates serves all moments.
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+        flat = self.comm.sum(flat) / self.comm.world_size
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def step(self, outside: float = 0.0) -> float:
+        """Clip and update; plain Adam would poison the weights with what is not finite."""
+        self._norm, factor = clip_plain(self.module, self.clip, outside)
+        if factor:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return factor
+
+    def skip(self) -> None:
+        """Forget them."""
+        self.optimizer.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """Of the last step."""
+        return self._norm
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return plain_state(self.module, self.optimizer)
+
+    def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
+        """See `Engine`."""
+        load_plain_state(self.module, self.optimizer, state, num_updates)
+
+
+def clip_plain(module: nn.Module, clip: float, outside: float) -> tuple[float, float]:
+    """Clip gradients that lie where torch puts them, already averaged.
+
+    Returns:
+        Their norm, and what they were multiplied by; 0 when it or `outside` is not finite.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    total = math.hypot(norm, outside)
+    if not math.isfinite(total):
+        return norm, 0.0
+    factor = clip_factor(total, clip)
+    if factor < 1:
+        torch._foreach_mul_(gradients, factor)
+    return norm, factor
+
+
+def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`Engine.state` where parameters and moments are whole on every rank."""
+    out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(module).items()}
+    for name, p in module.named_parameters():
+        out[f"value/{name}"] = p.detach().float().cpu().clone()
+        for moment in MOMENTS:
+            value = optimizer.state.get(p, {}).get(moment)
+            out[f"{moment}/{name}"] = torch.zeros_like(out[f"value/{name}"]) if value is None else value.detach().float().cpu().clone()
+    return out
+
+
+def load_plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], num_updates: int) -> None:
+    """`Engine.load_state` where parameters and moments are whole on every rank."""
+    check_state(module, state)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(state[f"value/{name}"])
+        for name, buffer in buffers_of(module).items():
+            buffer.copy_(state[f"buffer/{name}"])
+    for name, p in module.named_parameters():
+        moments = {moment: state[f"{moment}/{name}"].to(p.device, p.dtype, copy=True) for moment in MOMENTS}
+        optimizer.state[p] = {"step": torch.tensor(float(num_updates)), **moments}

@@ -1,0 +1,73 @@
+"""A sample of a rank's entities for people to look at: what role each plays in the graph, its vector's label and picture.
+
+Ids are a random permutation of the entities, so the first ids of a range are a random sample, and lie in few shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocme_dist.data.dataset import Dataset
+from mocme_dist.encoders.pictures import PictureError, decode_picture
+
+NO_ROLE = "no fact"
+OTHERS = "others"
+TILE = 32
+_GREY = 224
+_SCAN = 1 << 20
+
+
+def entity_roles(triples_T3: NDArray[np.int64], relation_names: Sequence[str], first: int, count: int) -> list[str]:
+    """The most frequent role of each entity in [first, first + count): "head of RELATION" or "tail of RELATION".
+
+    Args:
+        triples_T3: (T, 3) training triples, memory-mapped or not; read once, block by block.
+
+    Returns:
+        A role each; of equally frequent ones that of the lower relation, heads before tails; NO_ROLE without any triple.
+    """
+    num_roles = 2 * len(relation_names)
+    found = []
+    for start in range(0, len(triples_T3), _SCAN):
+        block = np.asarray(triples_T3[start : start + _SCAN])
+        for side, column in ((0, 0), (1, 2)):
+            place = block[:, column] - first
+            inside = (place >= 0) & (place < count)
+            found.append(place[inside] * num_roles + 2 * block[inside, 1] + side)
+    key, times = np.unique(np.concatenate(found), return_counts=True) if found else (np.zeros(0, np.int64), np.zeros(0, np.int64))
+    best = np.full(count, -1, dtype=np.int64)
+    # Rising frequency, then falling role: what is written last stays.
+    order = np.lexsort((-key, times))
+    best[key[order] // num_roles] = key[order] % num_roles
+    return [NO_ROLE if role < 0 else f"{('head', 'tail')[role % 2]} of {relation_names[role // 2]}" for role in best.tolist()]
+
+
+def frequent(roles: Sequence[str], limit: int) -> list[str]:
+    """The same roles, all but the `limit` most frequent replaced by OTHERS."""
+    names, times = np.unique(np.asarray(roles, dtype=str), return_counts=True)
+    kept = set(names[np.argsort(-times, kind="stable")][:limit].tolist())
+    return [role if role in kept else OTHERS for role in roles]
+
+
+def thumbnails(dataset: Dataset, first: int, count: int, max_member_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
+    """(count, TILE, TILE, 3) first pictures of the entities [first, first + count); grey where there is none that decodes.
+
+    Raises:
+        DataError: a shard is damaged.
+    """
+    out = np.full((count, TILE, TILE, 3), _GREY, dtype=np.uint8)
+    for shard in range(dataset.shards.num_shards):
+        low, high = dataset.shards.bounds(shard)
+        if high <= first or low >= first + count:
+            continue
+        for sample in dataset.read_samples(shard, max_member_bytes):
+            files = sample.files("image")
+            if first <= sample.id < first + count and files:
+                try:
+                    out[sample.id - first] = decode_picture(files[0], TILE, max_pixels)
+                except PictureError:
+                    continue  # extraction has counted it and said so
+    return out
