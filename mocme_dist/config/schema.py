@@ -144,7 +144,14 @@ class FeaturesConfig(Section):
 class EntitiesConfig(Section):
     """The row-sharded table of structural embeddings; it stays outside the engine."""
 
-    optimizer: Literal["adam", "adagrad"] = Field("adam", description="Row-wise optimizer on touched rows; adagrad keeps one number a row.")
+    optimizer: Literal["auto", "adam", "adagrad"] = Field(
+        "auto",
+        description="Row-wise optimizer on touched rows: adam keeps two moments of D numbers a row, adagrad one number; "
+        "auto is adam up to 1,000,000 entities and adagrad above.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the rows; bfloat16 halves the table, and rounds updates at random so that small ones count on average."
+    )
     learning_rate: float | None = Field(None, gt=0, description="Of the rows; None takes train.learning_rate.")
     init_range: float = Field(1.0, gt=0, description="Rows start uniform in [-r, r]; fused vectors are scaled by RotatE's (gamma + 2) / D.")
     row_weight_decay: float = Field(0.0, ge=0, description="L2 penalty on touched rows, added to their gradient.")

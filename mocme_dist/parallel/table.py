@@ -7,29 +7,37 @@ those rows only.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from mocme_dist.parallel.optim import RowOptimizer
 from mocme_dist.partition import RowPartition
 
 _INIT_BLOCK = 4096
 
 
-def initial_rows(first: int, last: int, width: int, init_range: float, seed: int) -> Tensor:
-    """(last - first, D) float32 rows uniform in [-init_range, init_range], a function of (seed, id) alone.
+def initial_rows(
+    first: int,
+    last: int,
+    width: int,
+    init_range: float,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """(last - first, D) rows uniform in [-init_range, init_range], a function of (seed, id) alone.
 
-    Made in blocks of fixed id ranges, each with its own counter-based stream, so every world size starts alike.
+    Made in blocks of fixed id ranges, each with its own counter-based stream, so every world size starts alike, and
+    straight into the tensor that stays, so there is never a second one.
     """
-    out = np.empty((last - first, width), dtype=np.float32)
+    out = torch.empty(last - first, width, dtype=dtype, device=device)
     for block in range(first // _INIT_BLOCK, -(-last // _INIT_BLOCK) if last > first else 0):
         start = block * _INIT_BLOCK
         values = np.random.Generator(np.random.Philox(key=[seed, block])).random((_INIT_BLOCK, width), dtype=np.float32)
         begin, end = max(first, start), min(last, start + _INIT_BLOCK)
-        out[begin - first : end - first] = (values[begin - start : end - start] * 2 - 1) * init_range
-    return torch.from_numpy(out)
+        out[begin - first : end - first] = torch.from_numpy((values[begin - start : end - start] * 2 - 1) * np.float32(init_range))
+    return out
 
 
 class EntityTable:
@@ -37,9 +45,10 @@ class EntityTable:
 
     Args:
         partition: rows over ranks. rank: whose rows.
-        width: D. init_range, seed: see `initial_rows`.
+        width: D. init_range, seed: see `initial_rows`; seed also rounds bfloat16 rows.
         optimizer: "adam" (two moments a row, D numbers each) or "adagrad" (one number a row).
         learning_rate, weight_decay: of the rows.
+        dtype: of the rows, float32 or bfloat16; gradients and state are float32.
         device: where rows and state live.
     """
 
@@ -54,19 +63,32 @@ class EntityTable:
         weight_decay: float = 0.0,
         init_range: float = 1.0,
         seed: int = 0,
+        dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.partition, self.rank, self.width = partition, rank, width
+        self.partition, self.rank, self.width, self.optimizer = partition, rank, width, optimizer
         self.first, self.last = partition.bounds(rank)
-        self.optimizer, self.learning_rate, self.weight_decay = optimizer, learning_rate, weight_decay
         self.num_updates = 0
-        self.rows_rD = initial_rows(self.first, self.last, width, init_range, seed).to(device)
-        shapes = {"adam": {"first_moment": width, "second_moment": width}, "adagrad": {"square_sum": 1}}[optimizer]
-        self.state = {name: torch.zeros(self.last - self.first, columns, device=device) for name, columns in shapes.items()}
+        self.rows_rD = initial_rows(self.first, self.last, width, init_range, seed, dtype, device)
+        self._optimizer = RowOptimizer(
+            optimizer,
+            self.last - self.first,
+            width,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            seed=seed,
+            first=self.first,
+            device=device,
+        )
+        self.state = self._optimizer.state
+
+    def look_up(self, rows_V: Tensor) -> Tensor:
+        """(V, D) float32 copies of local rows."""
+        return self.rows_rD[rows_V].float()
 
     def gather(self, rows_V: Tensor) -> Tensor:
-        """(V, D) copies of local rows, a leaf that collects their gradient."""
-        return self.rows_rD[rows_V].requires_grad_()
+        """(V, D) float32 copies of local rows, a leaf that collects their gradient."""
+        return self.look_up(rows_V).requires_grad_()
 
     def update(self, rows_V: Tensor, grad_VD: Tensor) -> None:
         """Move the rows along their gradient; rows that nobody asked for stay, bit for bit.
@@ -76,25 +98,7 @@ class EntityTable:
             grad_VD: (V, D) gradient of the global mean loss.
         """
         self.num_updates += 1
-        if not len(rows_V):
-            return
-        value_VD = self.rows_rD[rows_V]
-        if self.weight_decay:
-            grad_VD = grad_VD + self.weight_decay * value_VD
-        step = self._adam_step if self.optimizer == "adam" else self._adagrad_step
-        self.rows_rD[rows_V] = value_VD - self.learning_rate * step(rows_V, grad_VD)
-
-    def _adam_step(self, rows_V: Tensor, grad_VD: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Tensor:
-        first_VD = torch.lerp(self.state["first_moment"][rows_V], grad_VD, 1 - beta1)
-        second_VD = torch.lerp(self.state["second_moment"][rows_V], grad_VD.square(), 1 - beta2)
-        self.state["first_moment"][rows_V], self.state["second_moment"][rows_V] = first_VD, second_VD
-        correction1, correction2 = 1 - beta1**self.num_updates, 1 - beta2**self.num_updates
-        return (first_VD / correction1) / (second_VD.sqrt() / math.sqrt(correction2) + eps)
-
-    def _adagrad_step(self, rows_V: Tensor, grad_VD: Tensor, eps: float = 1e-10) -> Tensor:
-        square_V1 = self.state["square_sum"][rows_V] + grad_VD.square().mean(1, keepdim=True)
-        self.state["square_sum"][rows_V] = square_V1
-        return grad_VD / (square_V1.sqrt() + eps)
+        self._optimizer.update(self.rows_rD, rows_V, grad_VD, self.num_updates)
 
 
 def coalesce(touched: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

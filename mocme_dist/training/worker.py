@@ -31,6 +31,7 @@ from mocme_dist.model.loss import LossSettings
 from mocme_dist.model.mocme import MoCME, ModelSettings
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.exchange import Route, plan_route
+from mocme_dist.parallel.optim import choose_optimizer
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
 from mocme_dist.training.encode import EntityEncoder
@@ -83,11 +84,12 @@ class Worker:
             self.partition,
             comm.rank,
             config.experts.width,
-            optimizer=config.entities.optimizer,
+            optimizer=choose_optimizer(config.entities.optimizer, dataset.num_entities),
             learning_rate=config.entities.learning_rate or config.train.learning_rate,
             weight_decay=config.entities.row_weight_decay,
             init_range=config.entities.init_range,
             seed=config.train.seed,
+            dtype=getattr(torch, config.entities.dtype),
             device=comm.device,
         )
         self.compiled = use_compiler(config.compile, comm.device)
@@ -137,7 +139,7 @@ class Worker:
             "num_experts": c.experts.num_experts,
             "estimator": c.fusion.estimator,
             "structure": c.projection.structure,
-            "optimizer": c.entities.optimizer,
+            "optimizer": self.table.optimizer,
             "seed": c.train.seed,
             "batch_size": c.train.batch_size,
             "chunk_size": c.negatives.chunk_size,
@@ -190,7 +192,7 @@ class Worker:
     def _encoder(self) -> EntityEncoder:
         size = block_rows(self.config, self.dataset.num_entities)
         piece_rows = self.config.evaluation.vectors_mb * 2**20 // (4 * self.config.experts.width)
-        inputs = lambda rows: self.inputs(rows, self.table.rows_rD[rows])  # noqa: E731
+        inputs = lambda rows: self.inputs(rows, self.table.look_up(rows))  # noqa: E731
         return EntityEncoder(self.model, inputs, self.partition, self.comm.rank, size, piece_rows, self.comm.device)
 
     def encode_rows(self) -> RowShard:

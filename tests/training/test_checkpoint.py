@@ -36,8 +36,9 @@ LONER = Loner(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
 
 
 def make_table(rank: int, world: int, rows: int = ROWS, optimizer: str = "adam", seed: int = 0, updates: int = 3) -> EntityTable:
-    """A table whose rows have moved, a function of the global row alone."""
-    table = EntityTable(RowPartition(rows, world), rank, WIDTH, optimizer=optimizer, learning_rate=0.1, seed=seed)
+    """A table whose rows have moved, a function of the global row alone; rows of "adagrad" are bfloat16 here."""
+    dtype = torch.bfloat16 if optimizer == "adagrad" else torch.float32
+    table = EntityTable(RowPartition(rows, world), rank, WIDTH, optimizer=optimizer, learning_rate=0.1, seed=seed, dtype=dtype)
     for step in range(updates):
         full_ED = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(step))
         local = torch.arange(table.last - table.first)
@@ -72,7 +73,7 @@ def read_ranks(comm: Comm, directory: Path, optimizer: str, rows: int) -> None:
     checkpoint.load_rows(saved, table)
     expected = make_table(comm.rank, comm.world_size, rows, optimizer)
     assert torch.equal(table.rows_rD, expected.rows_rD) and table.num_updates == expected.num_updates == 3
-    assert table.state.keys() == expected.state.keys()
+    assert table.rows_rD.dtype == expected.rows_rD.dtype and table.state.keys() == expected.state.keys()
     assert all(torch.equal(table.state[name], expected.state[name]) for name in table.state)
     dense = checkpoint.load_dense(saved)
     assert dense.keys() == dense_state().keys() and all(torch.equal(dense[name], value) for name, value in dense_state().items())
