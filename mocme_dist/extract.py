@@ -15,7 +15,7 @@ def main() -> None:
     """Parse the command line, extract, report."""
     parser = command_parser("extract", DESCRIPTION)
     parser.add_argument("dataset_dir", metavar="DATASET_DIR", help="what mocme_dist.pack wrote")
-    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="text, image, numeric; default: all that the data set has")
+    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="of text, image, numeric, audio, video; default: all there are")
     parser.add_argument("--local", action="store_true", help="no Ray: one process (as launch.mode=local)")
     parser.add_argument("--strict", action="store_true", help="stop at the first file that cannot be decoded (as encoders.strict=true)")
     parser.add_argument(

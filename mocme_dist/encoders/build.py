@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from mocme_dist.config.schema import EncodersConfig
+from mocme_dist.encoders.audio import AudioEncoder, audio_settings
 from mocme_dist.encoders.encoder import Encoder
 from mocme_dist.encoders.image import ImageEncoder, image_settings
 from mocme_dist.encoders.numeric import NumericEncoder, NumericStatistics, numeric_settings
 from mocme_dist.encoders.text import TextEncoder, text_settings
+from mocme_dist.encoders.video import VideoEncoder, video_settings
 from mocme_dist.errors import ConfigError
 
-ENCODED = ("text", "image", "numeric")  # in this order; structure needs no encoder
+ENCODED = ("text", "image", "numeric", "audio", "video")  # in this order; structure needs no encoder
 
 
 def build_encoder(
@@ -34,6 +36,10 @@ def build_encoder(
         return TextEncoder(encoders.text, text_columns, device)
     if modality == "image":
         return ImageEncoder(encoders.image, encoders.max_pixels, device)
+    if modality == "audio":
+        return AudioEncoder(encoders.audio, device)
+    if modality == "video":
+        return VideoEncoder(encoders.video, encoders.image, encoders.max_pixels, device)
     assert statistics is not None
     return NumericEncoder(statistics)
 
@@ -46,18 +52,26 @@ def encoder_settings(
         return text_settings(encoders.text, text_columns)
     if modality == "image":
         return image_settings(encoders.image, encoders.max_pixels)
+    if modality == "audio":
+        return audio_settings(encoders.audio)
+    if modality == "video":
+        return video_settings(encoders.video, encoders.image, encoders.max_pixels)
     assert statistics is not None
     return numeric_settings(statistics)
 
 
 def with_absolute_paths(encoders: EncodersConfig) -> EncodersConfig:
     """The same configuration with local paths made absolute: actors start in another folder."""
-    text, image = encoders.text, encoders.image
+    text, image, audio = encoders.text, encoders.image, encoders.audio
     if Path(text.model).exists():
         text = text.model_copy(update={"model": str(Path(text.model).absolute())})
     if image.weights is not None:
         image = image.model_copy(update={"weights": str(Path(image.weights).absolute())})
-    kind, _, name = image.model.partition(":")
-    if kind == "transformers" and Path(name).exists():
-        image = image.model_copy(update={"model": f"transformers:{Path(name).absolute()}"})
-    return encoders.model_copy(update={"text": text, "image": image})
+    image = image.model_copy(update={"model": _absolute_model(image.model)})
+    audio = audio.model_copy(update={"model": _absolute_model(audio.model)})
+    return encoders.model_copy(update={"text": text, "image": image, "audio": audio})
+
+
+def _absolute_model(model: str) -> str:
+    kind, _, name = model.partition(":")
+    return f"transformers:{Path(name).absolute()}" if kind == "transformers" and Path(name).exists() else model

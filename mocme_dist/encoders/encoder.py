@@ -8,14 +8,25 @@ in a background thread, encoding in the main one. A file that cannot be decoded 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from torch import nn
 
 from mocme_dist.config.schema import EncodersConfig
+from mocme_dist.errors import ConfigError
+
+
+class BadFile(ValueError):
+    """A file that cannot be decoded; `cause` is what is counted."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -66,3 +77,45 @@ def encoder_hash(modality: str, settings: Mapping[str, Any], config: EncodersCon
     settings = {k: v for k, v in settings.items() if k != "model"}
     pinned = {"modality": modality, "dtype": config.dtype, "max_member_mb": config.max_member_mb, "settings": settings}
     return hashlib.sha256(json.dumps(pinned, sort_keys=True).encode("utf8")).hexdigest()
+
+
+def decode_files(members: Mapping[str, bytes], decode: Callable[[bytes], Any]) -> Decoded:
+    """One piece for each file of an entity, in the order of their numbers; a `BadFile` becomes a failure."""
+    decoded = Decoded()
+    for name in sorted(members, key=_member_order):
+        try:
+            decoded.pieces.append(decode(members[name]))
+        except BadFile as error:
+            decoded.failures.append(Failure(error.cause, f"{name}: {error}"))
+    return decoded
+
+
+def _member_order(name: str) -> tuple[int, str]:
+    """image.10.png comes after image.9.png."""
+    number = name.split(".")[1]
+    return (int(number) if number.isdigit() else 0, name)
+
+
+def network_from_function(setting: str, model: str, needed: Sequence[str], described_in: str) -> Any:
+    """The nn.Module that FUNCTION of 'MODULE:FUNCTION' returns.
+
+    Args:
+        setting: the configuration key, for messages.
+        model: its value.
+        needed: attributes that the module must have.
+        described_in: file that says what is asked of it.
+
+    Raises:
+        ConfigError: there is no such function, or what it returns is no such module.
+    """
+    module, _, function = model.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{setting}: {model}: {error}; {described_in} lists what can stand here") from None
+    missing = [name for name in needed if not hasattr(made, name)]
+    if missing or not isinstance(made, nn.Module):
+        raise ConfigError(
+            f"{setting}: {model} returned {type(made).__name__} without {', '.join(missing) or 'forward'}; see {described_in}"
+        )
+    return made

@@ -12,7 +12,6 @@ What cannot be decoded is counted and left out; see `encoders.pictures`.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 from collections.abc import Mapping
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 
 from mocme_dist.config.schema import ImageEncoderConfig
 from mocme_dist.data.files import sha256_file
-from mocme_dist.encoders.encoder import Decoded, Failure
-from mocme_dist.encoders.pictures import PictureError, decode_picture, guard_pillow
+from mocme_dist.encoders.encoder import Decoded, decode_files, network_from_function
+from mocme_dist.encoders.pictures import decode_picture, guard_pillow
 from mocme_dist.encoders.text import load_transformer, may_download, resolve_model, weights_hash
 from mocme_dist.encoders.torchvision_shim import prepare_torchvision
 from mocme_dist.errors import ConfigError, DataError
@@ -55,7 +54,7 @@ def image_settings(config: ImageEncoderConfig, max_pixels: int) -> dict[str, Any
     elif kind == "transformers":
         identity = {"network": "transformers", "weights": weights_hash(_transformers_folder(name), config.random_weights)}
     else:
-        identity = {"network": config.model, "weights": _from_function(kind, name)[1]}
+        identity = {"network": config.model, "weights": _from_function(config.model)[1]}
     model = f"transformers:{Path(name).name}" if kind == "transformers" else config.model
     return {"model": model, "size": config.size, "max_pixels": max_pixels, **identity}
 
@@ -78,7 +77,7 @@ def build_backbone(config: ImageEncoderConfig) -> Backbone:
         return _torchvision_backbone(config, name)
     if kind == "transformers":
         return _transformers_backbone(name, config.random_weights)
-    return _from_function(kind, name)[0]
+    return _from_function(config.model)[0]
 
 
 # -- torchvision
@@ -217,17 +216,9 @@ def _transformers_backbone(name: str, random_weights: bool) -> Backbone:
     return Backbone(_MeanHidden(vision).eval(), int(width), mean, std)
 
 
-def _from_function(module: str, function: str) -> tuple[Backbone, str]:
-    setting = f"encoders.image.model: {module}:{function}"
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{setting}: {error}; expected torchvision:NAME, transformers:FOLDER or MODULE:FUNCTION") from None
-    missing = [name for name in ("width", "mean", "std", "weights_sha256") if not hasattr(made, name)]
-    if missing or not isinstance(made, nn.Module):
-        raise ConfigError(f"{setting} returned {type(made).__name__} without {', '.join(missing) or 'forward'}; see encoders/image.py")
-    known: Any = made
-    return Backbone(made.eval().requires_grad_(False), int(known.width), tuple(known.mean), tuple(known.std)), str(known.weights_sha256)
+def _from_function(model: str) -> tuple[Backbone, str]:
+    made = network_from_function("encoders.image.model", model, ("width", "mean", "std", "weights_sha256"), "encoders/image.py")
+    return Backbone(made.eval().requires_grad_(False), int(made.width), tuple(made.mean), tuple(made.std)), str(made.weights_sha256)
 
 
 class ImageEncoder:
@@ -246,13 +237,7 @@ class ImageEncoder:
 
     def decode(self, members: Mapping[str, bytes]) -> Decoded:
         """One (size, size, 3) uint8 array for each picture of an entity that can be decoded."""
-        decoded = Decoded()
-        for name in sorted(members, key=_member_order):
-            try:
-                decoded.pieces.append(decode_picture(members[name], self.config.size, self.max_pixels))
-            except PictureError as error:
-                decoded.failures.append(Failure(error.cause, f"{name}: {error}"))
-        return decoded
+        return decode_files(members, lambda content: decode_picture(content, self.config.size, self.max_pixels))
 
     def collate(self, pieces: list[np.ndarray]) -> Tensor:
         """(B, H, W, 3) uint8: a quarter of the bytes of floats on the way to the device."""
@@ -271,9 +256,3 @@ class ImageEncoder:
         if features.shape != (len(batch), self.width):
             raise DataError(f"encoders.image: {self.config.model} gave shape {tuple(features.shape)}, expected {(len(batch), self.width)}")
         return features.cpu().numpy()
-
-
-def _member_order(name: str) -> tuple[int, str]:
-    """image.10.png comes after image.9.png."""
-    number = name.split(".")[1]
-    return (int(number) if number.isdigit() else 0, name)

@@ -8,45 +8,98 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from mocme_dist.encoders.encoder import BadFile
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-
-
-class PictureError(ValueError):
-    """A picture that cannot be decoded; `cause` is what is counted."""
-
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
+ANIMATED = ("WEBP", "GIF", "PNG")
 
 
 def decode_picture(content: bytes, size: int, max_pixels: int) -> np.ndarray:
     """A picture file as (size, size, 3) uint8: first frame, RGB, transparent parts on white, resized bilinearly.
 
     Raises:
-        PictureError: cause 'empty file', 'not an image', 'too large', 'truncated' or 'undecodable'.
+        BadFile: cause 'empty file', 'not an image', 'too large', 'truncated' or 'undecodable'.
     """
+    with _opened(content, FORMATS, max_pixels) as image:
+        return _shrunk(image, size)
+
+
+def decode_frames(content: bytes, count: int, size: int, max_pixels: int, max_frames: int) -> np.ndarray:
+    """Frames of an animated picture, the middles of `count` equal parts of it, or all where it has fewer.
+
+    Args:
+        content: an animated WebP, GIF or PNG; a still picture is a film of one frame.
+        count: frames wanted.
+        size, max_pixels: as in `decode_picture`.
+        max_frames: a film of more is refused.
+
+    Returns:
+        (k, size, size, 3) uint8, 1 <= k <= count.
+
+    Raises:
+        BadFile: as `decode_picture`; also 'too long'.
+    """
+    with _opened(content, ANIMATED, max_pixels) as image:
+        frames = int(getattr(image, "n_frames", 1))
+        if frames > max_frames:
+            raise BadFile("too long", f"{frames:,} frames, limit {max_frames:,}")
+        seen = []
+        for place in middles(frames, count):
+            image.seek(place)
+            image.load()
+            seen.append(_shrunk(image, size))
+        return np.stack(seen)
+
+
+def middles(frames: int, count: int) -> list[int]:
+    """Places of the frames in the middle of `count` equal parts of a film, all places where it has fewer."""
+    count = min(frames, count)
+    return [(2 * part + 1) * frames // (2 * count) for part in range(count)]
+
+
+def shrink(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
+    """(size, size, 3) uint8 from an RGB picture of any size, as `decode_picture` makes it."""
+    return _shrunk(Image.fromarray(pixels_HWC), size)
+
+
+def _shrunk(image: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(_to_rgb(image).resize((size, size), Image.Resampling.BILINEAR), dtype=np.uint8)
+
+
+@contextmanager
+def _opened(content: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterator[Image.Image]:
+    """A picture whose first frame is loaded; what goes wrong with it, also later, becomes a `BadFile`."""
     if not content:
-        raise PictureError("empty file", "0 bytes")
+        raise BadFile("empty file", "0 bytes")
+    if _is_cut(content):
+        raise BadFile("truncated", f"the file ends after {len(content)} bytes, its header says it is longer")
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             # before a single pixel is decoded; pillow's own limit guards what this cannot see
             if image.width * image.height > max_pixels:
-                raise PictureError("too large", f"{image.width} x {image.height} pixels, limit {max_pixels:,}")
+                raise BadFile("too large", f"{image.width} x {image.height} pixels, limit {max_pixels:,}")
             image.load()
-            return np.asarray(_to_rgb(image).resize((size, size), Image.Resampling.BILINEAR), dtype=np.uint8)
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise PictureError("too large", str(error)) from None
+        raise BadFile("too large", str(error)) from None
     except UnidentifiedImageError:
-        raise PictureError("not an image", f"{len(content)} bytes that are none of {', '.join(FORMATS)}: {content[:16]!r}") from None
-    except PictureError:
+        raise BadFile("not an image", f"{len(content)} bytes that are none of {', '.join(formats)}: {content[:16]!r}") from None
+    except BadFile:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError) as error:
         cut = any(word in str(error).lower() for word in ("truncated", "not processed", "broken png"))
-        raise PictureError("truncated" if cut else "undecodable", str(error)) from None
+        raise BadFile("truncated" if cut else "undecodable", str(error)) from None
+
+
+def _is_cut(content: bytes) -> bool:
+    """Whether a WebP file is shorter than it says: its decoder would only call it damaged."""
+    return content[:4] == b"RIFF" and content[8:12] == b"WEBP" and int.from_bytes(content[4:8], "little") + 8 > len(content)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

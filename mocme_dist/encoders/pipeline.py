@@ -53,7 +53,7 @@ def extract_features(
         dataset: packed; under a cluster its directory must be the same path on every node.
         encoders: which encoders, with how many actors.
         text_columns: columns that make an entity's text, in order.
-        modalities: any of "text", "image", "numeric"; each must be in the data set.
+        modalities: any of `ENCODED`; each must be in the data set.
         use_ray: run on Ray actors; otherwise in this process, with equal bytes as the result.
         max_missing: largest share of entities without any feature that is accepted.
 

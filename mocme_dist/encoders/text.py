@@ -139,6 +139,21 @@ def load_transformer(folder: Path | None, random_weights: bool, setting: str) ->
     return model.eval().requires_grad_(False)
 
 
+def load_feature_extractor(folder: Path, setting: str) -> Any:
+    """What a model folder says of how its sounds are prepared.
+
+    Raises:
+        ConfigError: the folder holds no preprocessor_config.json that transformers can use.
+    """
+    prepare_torchvision()
+    import transformers
+
+    try:
+        return transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"{setting}: {folder}: no feature extractor can be built: {str(error).splitlines()[0]}") from None
+
+
 class HashTokenizer:
     """Words to ids by checksum: stands in where a model with random weights comes without a tokenizer."""
 

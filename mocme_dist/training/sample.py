@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocme_dist.data.dataset import Dataset
-from mocme_dist.encoders.pictures import PictureError, decode_picture
+from mocme_dist.encoders.encoder import BadFile
+from mocme_dist.encoders.pictures import decode_picture
 
 NO_ROLE = "no fact"
 OTHERS = "others"
@@ -68,6 +69,6 @@ def thumbnails(dataset: Dataset, first: int, count: int, max_member_bytes: int, 
             if first <= sample.id < first + count and files:
                 try:
                     out[sample.id - first] = decode_picture(files[0], TILE, max_pixels)
-                except PictureError:
+                except BadFile:
                     continue  # extraction has counted it and said so
     return out

@@ -1,4 +1,4 @@
-"""Picture files, good and bad, and a small raw folder with texts, numbers and pictures."""
+"""Picture, sound and film files, good and bad, and a small raw folder with texts, numbers and pictures."""
 
 from __future__ import annotations
 
@@ -29,6 +29,47 @@ def png_header(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
+
+
+SOUNDS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "ogg": ("OGG", "VORBIS"), "opus": ("OGG", "OPUS"), "mp3": ("MP3", None)}
+
+
+def sound(kind: str, hertz: float = 440.0, rate: int = 16_000, seconds: float = 1.0, channels: int = 1) -> bytes:
+    """A sine of half scale as a sound file; further channels are silent."""
+    import soundfile
+
+    samples = np.zeros((round(rate * seconds), channels), dtype=np.float32)
+    samples[:, 0] = 0.5 * np.sin(2 * np.pi * hertz * np.arange(len(samples)) / rate)
+    buffer = io.BytesIO()
+    container, coding = SOUNDS[kind]
+    soundfile.write(buffer, samples, rate, format=container, subtype=coding)
+    return buffer.getvalue()
+
+
+FILMS = {"mp4": "libx264", "mov": "mpeg4", "webm": "libvpx-vp9", "mkv": "libx264"}
+
+
+def film(kind: str, greys: list[int], rate: int = 10, size: int = 48) -> bytes:
+    """A film of plain grey frames."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska" if kind == "mkv" else kind) as container:
+        stream = container.add_stream(FILMS[kind], rate=rate)
+        stream.width = stream.height = size
+        stream.pix_fmt, stream.thread_count = "yuv420p", 1
+        for grey in greys:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((size, size, 3), grey, np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def animation(kind: str, greys: list[int], size: int = 20) -> bytes:
+    """Plain grey frames as an animated GIF, WEBP or PNG."""
+    frames = [Image.new("RGB", (size, size), (grey, grey, grey)) for grey in greys]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=100, **({"lossless": True} if kind == "WEBP" else {}))
+    return buffer.getvalue()
 
 
 def write_raw(raw: Path) -> Path:

@@ -11,7 +11,7 @@ from raw_media import picture, png_header
 
 from mocme_dist.config.schema import ImageEncoderConfig
 from mocme_dist.encoders.image import ImageEncoder
-from mocme_dist.encoders.pictures import PictureError, decode_picture
+from mocme_dist.encoders.pictures import BadFile, decode_picture
 
 LIMIT = 1_000_000
 
@@ -87,7 +87,7 @@ JPEG = picture(0, (200, 200), kind="JPEG")
     ids=["empty", "html", "zeros", "half a png", "half a jpeg", "400 megapixels", "another format"],
 )
 def test_a_bad_picture_fails_with_its_cause(content, cause):
-    with pytest.raises(PictureError) as raised:
+    with pytest.raises(BadFile) as raised:
         decode_picture(content, 32, LIMIT)
     assert raised.value.cause == cause
 
@@ -95,14 +95,14 @@ def test_a_bad_picture_fails_with_its_cause(content, cause):
 def test_the_pixel_limit_is_exact():
     content = picture(0, (100, 10))
     assert decode_picture(content, 8, 1000).shape == (8, 8, 3)
-    with pytest.raises(PictureError, match="100 x 10 pixels, limit 999"):
+    with pytest.raises(BadFile, match="100 x 10 pixels, limit 999"):
         decode_picture(content, 8, 999)
 
 
 def test_a_damaged_webp_never_escapes():
     content = picture(0, (64, 64), kind="WEBP")
     for length in range(12, len(content), max(1, len(content) // 20)):
-        with pytest.raises(PictureError):
+        with pytest.raises(BadFile):
             decode_picture(content[:length], 8, LIMIT)
 
 

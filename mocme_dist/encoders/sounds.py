@@ -1,0 +1,156 @@
+"""Sound files to samples, strictly: known formats, one channel, bounded length, no half-read files.
+
+The one module that imports soundfile (libsndfile). WAV, FLAC, Ogg with Vorbis or Opus, and MP3 are heard, told by their
+content and not by their names. A cut file is refused where the format can tell: WAV and MP3 with a Xing header by the
+length they promise, FLAC by its count of samples, Ogg by its last page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+
+from mocme_dist.encoders.encoder import BadFile
+from mocme_dist.errors import ConfigError
+
+FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG")
+MIN_RATE, MAX_RATE = 1_000, 384_000
+_BLOCK = 1 << 20  # numbers read at once, over all channels
+
+
+def require_soundfile() -> Any:
+    """The soundfile package.
+
+    Raises:
+        ConfigError: it is missing, or its libsndfile is older than 1.1, the first that knows MP3 and Opus.
+    """
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"modality audio: package soundfile cannot be imported ({error}); pip install 'mocme-dist[media]'") from None
+    version = str(soundfile.__libsndfile_version__)
+    if tuple(int(part) for part in version.split(".")[:2]) < (1, 1):
+        raise ConfigError(f"modality audio: libsndfile {version}, expected 1.1 or newer; pip install -U 'mocme-dist[media]'")
+    return soundfile
+
+
+def decode_sound(content: bytes, rate: int, seconds: float, max_seconds: float) -> np.ndarray:
+    """A sound file as samples of one channel.
+
+    Args:
+        content: the whole file.
+        rate: samples a second wanted.
+        seconds: what lies beyond is not decoded.
+        max_seconds: a longer sound is refused.
+
+    Returns:
+        (n,) float32, the mean of the channels, full scale is 1; n <= seconds * rate, rounded up.
+
+    Raises:
+        BadFile: cause 'empty file', 'not a sound', 'too long', 'odd sample rate', 'truncated', 'undecodable' or 'no samples'.
+    """
+    soundfile = require_soundfile()
+    if not content:
+        raise BadFile("empty file", "0 bytes")
+    if not _looks_like_sound(content):
+        raise BadFile("not a sound", f"{len(content)} bytes that are none of WAV, FLAC, OGG, MP3: {content[:16]!r}")
+    if _is_cut(content):
+        raise BadFile("truncated", f"the file ends after {len(content)} bytes, its own header or last page says it is longer")
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            if file.format not in FORMATS:
+                raise BadFile("not a sound", f"format {file.format}, expected one of WAV, FLAC, OGG, MP3")
+            if not MIN_RATE <= file.samplerate <= MAX_RATE:
+                raise BadFile("odd sample rate", f"{file.samplerate} samples a second, expected {MIN_RATE} to {MAX_RATE}")
+            if file.frames > max_seconds * file.samplerate:
+                raise BadFile("too long", f"{file.frames / file.samplerate:,.0f} s, limit {max_seconds:,.0f} s")
+            wanted = min(file.frames, math.ceil(seconds * file.samplerate))
+            samples, own_rate = _read(file, wanted), int(file.samplerate)
+    except BadFile:
+        raise
+    except (RuntimeError, ValueError, TypeError, OSError, MemoryError) as error:  # LibsndfileError is a RuntimeError
+        # not str(error): it names an object in memory, and reports are equal on every rerun
+        raise BadFile("undecodable", getattr(error, "error_string", str(error)).strip() or type(error).__name__) from None
+    if len(samples) < wanted:
+        raise BadFile("truncated", f"{len(samples):,} samples of {wanted:,}")
+    if not wanted:
+        raise BadFile("no samples", "the sound lasts 0 s")
+    return resample(samples, own_rate, rate)
+
+
+def _read(file: Any, wanted: int) -> np.ndarray:
+    """The first `wanted` samples, or those there are, channels averaged; memory does not grow with the channels."""
+    samples = np.empty(wanted, dtype=np.float32)
+    done = 0
+    while done < wanted:
+        block = file.read(min(wanted - done, max(1, _BLOCK // file.channels)), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        samples[done : done + len(block)] = block.mean(axis=1)
+        done += len(block)
+    return samples[:done]
+
+
+def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """The same sound with `wanted` samples a second: its spectrum cut, or continued with zeros, at the lower Nyquist rate.
+
+    Args:
+        samples: (n,) float32 at `rate`.
+        rate, wanted: samples a second.
+
+    Returns:
+        (ceil(n * wanted / rate),) float32.
+
+    Source: scipy.signal.resample does the same; checked against sines in tests/encoders/test_sounds.py.
+    """
+    if rate == wanted or not len(samples):
+        return samples
+    period = rate // math.gcd(rate, wanted)
+    # zeros up to a whole number of periods make the new length exact; one period more keeps the end off the beginning
+    padded = _smooth(-(-len(samples) // period) + 1) * period
+    length = padded // period * (wanted // math.gcd(rate, wanted))
+    spectrum = np.fft.rfft(samples, padded)[: (min(padded, length) + 1) // 2]
+    result = np.fft.irfft(spectrum, length) * np.float32(length / padded)
+    return np.ascontiguousarray(result[: -(-len(samples) * wanted // rate)], dtype=np.float32)
+
+
+def _smooth(number: int) -> int:
+    """The least number without prime factors above 5 that is not less: Fourier transforms of other lengths take many times longer."""
+    while True:
+        rest = number
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return number
+        number += 1
+
+
+def _looks_like_sound(content: bytes) -> bool:
+    if content[:4] in (b"RIFF", b"RF64"):
+        return content[8:12] == b"WAVE"
+    # an MP3 frame begins with eleven ones; layer bits 00 are reserved
+    frame = len(content) > 1 and content[0] == 0xFF and content[1] & 0xE0 == 0xE0 and content[1] & 0x06 != 0
+    return content[:4] in (b"fLaC", b"OggS") or content[:3] == b"ID3" or frame
+
+
+def _is_cut(content: bytes) -> bool:
+    """Whether the file says itself that it should be longer."""
+    if content[:4] == b"RIFF":
+        size = int.from_bytes(content[4:8], "little")
+        return size not in (0, 0xFFFFFFFF) and size + 8 > len(content) + 1  # writers that stream leave it open; some forget a pad byte
+    if content[:4] == b"OggS":
+        page = content.rfind(b"OggS\0")
+        segments = content[page + 26 : page + 27]
+        table = content[page + 27 : page + 27 + segments[0]] if segments else b""
+        whole = bool(segments) and len(table) == segments[0] and page + 27 + len(table) + sum(table) <= len(content)
+        return not (whole and content[page + 5] & 4)  # flag 4: last page of the stream
+    xing = max(content.find(b"Xing", 0, 4096), content.find(b"Info", 0, 4096))
+    if content[:4] != b"fLaC" and xing > 0 and content[xing + 7] & 2:  # flag 2: the bytes of the sound are told
+        place = xing + 8 + (4 if content[xing + 7] & 1 else 0)
+        # counted from the frame that holds the header, at most 36 bytes before it
+        return int.from_bytes(content[place : place + 4], "big") > len(content) - max(xing - 36, 0)
+    return False
