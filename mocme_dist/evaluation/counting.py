@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mocme_dist.model.native import library
-from mocme_dist.model.rotate import pool_distance
+from mocme_dist.model.pool import pool_distance
 
 # The plain form of the kernel stores (queries, tile, D); so many queries at once bound it.
 _PLAIN_QUERIES = 16

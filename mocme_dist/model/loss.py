@@ -1,13 +1,15 @@
 """The completion loss of a batch of queries: one pure function, an eager reference and a compiled path.
 
-The two differ only in how distances to the pool are computed and in whether the arithmetic on (G, b, N) is fused;
-tests/model/test_loss.py holds them to each other, values and gradients.
+The compiled path is the same function as one graph without a break; distances to the pool are a node of it (see
+`pool`), so nothing of size (G, b, N, D) is stored, forward or backward. tests/model/test_loss.py holds the two to each
+other, values and gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mocme_dist.model.entropy import Weighting, negative_weights
-from mocme_dist.model.rotate import distance, pool_distance, rotate
+from mocme_dist.model.pool import pool_distance
+from mocme_dist.model.rotate import distance, rotate
 
 
 class LossSettings(NamedTuple):
@@ -67,10 +70,39 @@ def _one_vs_all(
     return loss, loss.detach(), torch.zeros_like(loss), torch.zeros(3, device=loss.device), counted
 
 
+_REDUCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"contrastive": _contrastive, "one_vs_all": _one_vs_all}
+
+
+def _forward(
+    source_GbD: Tensor,
+    phase_GbC: Tensor,
+    sign_Gb: Tensor,
+    target_GbD: Tensor,
+    pool_GND: Tensor,
+    allowed_GbN: Tensor,
+    weight_Gb: Tensor,
+    *,
+    settings: LossSettings,
+) -> tuple[Tensor, ...]:
+    """Loss and the fields of LossStats after the first, see `completion_loss`; pure, and one graph when compiled."""
+    query_GbD = rotate(source_GbD, phase_GbC, sign_Gb)
+    positive_Gb = distance(query_GbD, target_GbD)
+    negative_GbN = pool_distance(query_GbD, pool_GND, settings.compiled)
+    reduce = _REDUCTIONS[settings.kind]
+    loss, positive, negative, classes_3, allowed = reduce(
+        positive_Gb, negative_GbN, allowed_GbN, weight_Gb, settings.gamma, settings.weighting
+    )
+    positive_score = (weight_Gb * (settings.gamma - positive_Gb)).sum().detach()
+    return loss, positive, negative, classes_3.float(), allowed.float(), positive_score, weight_Gb.sum()
+
+
 @cache
-def _reduction(kind: str, compiled: bool) -> Callable:
-    function = {"contrastive": _contrastive, "one_vs_all": _one_vs_all}[kind]
-    return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
+def _compiled(settings: LossSettings) -> Callable[..., tuple[Tensor, ...]]:
+    """One graph for these settings. Batches have fixed shapes, so after the first step nothing is compiled again."""
+    # A code object of its own: the compiler counts the graphs of a code object and gives up at a few.
+    own = FunctionType(_forward.__code__.replace(), _forward.__globals__, "completion_loss")
+    own.__kwdefaults__ = {"settings": settings}
+    return torch.compile(own, dynamic=False, fullgraph=True)
 
 
 def completion_loss(
@@ -98,13 +130,6 @@ def completion_loss(
     Returns:
         The summed loss (a scalar with a gradient; divide by the number of queries) and detached sums for the log.
     """
-    query_GbD = rotate(source_GbD, phase_GbC, sign_Gb)
-    positive_Gb = distance(query_GbD, target_GbD)
-    negative_GbN = pool_distance(query_GbD, pool_GND, settings.compiled)
-    reduce = _reduction(settings.kind, settings.compiled)
-    loss, positive, negative, classes_3, allowed = reduce(
-        positive_Gb, negative_GbN, allowed_GbN, weight_Gb, settings.gamma, settings.weighting
-    )
-    positive_score = (weight_Gb * (settings.gamma - positive_Gb)).sum().detach()
-    stats = LossStats(loss.detach(), positive, negative, classes_3.float(), allowed.float(), positive_score, weight_Gb.sum())
-    return loss, stats
+    tensors = (source_GbD, phase_GbC, sign_Gb, target_GbD, pool_GND, allowed_GbN, weight_Gb)
+    loss, *sums = _compiled(settings)(*tensors) if settings.compiled else _forward(*tensors, settings=settings)
+    return loss, LossStats(loss.detach(), *sums)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch.nn import functional
 
+from mocme_dist.model import loss as loss_module
+from mocme_dist.model import pool
 from mocme_dist.model.entropy import Weighting, negative_weights
 from mocme_dist.model.loss import LossSettings, completion_loss
 from mocme_dist.model.rotate import distance, rotate
@@ -25,6 +29,15 @@ class Inputs(NamedTuple):
     pool: torch.Tensor
     allowed: torch.Tensor
     weight: torch.Tensor
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def status_mb(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 LEAVES = ("source", "phase", "target", "pool")
@@ -104,8 +117,22 @@ def test_loss_equals_a_loop_over_queries(kind, weighting):
         assert (stats["classes_3"] > 0).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "weighting"), CASES)
+def test_loss_is_one_graph(kind, weighting):
+    """Forward and backward, kernels included: a break is an error of the compiler. This backend builds nothing."""
+    traced = torch.compile(
+        partial(loss_module._forward, settings=settings(kind, weighting, compiled=True)), backend="aot_eager", fullgraph=True
+    )
+    values = inputs()
+    leaves = values._replace(**{name: getattr(values, name).clone().requires_grad_() for name in LEAVES})
+    found, *_ = traced(*leaves)
+    found.backward()
+    expected, _ = evaluate(values, settings(kind, weighting))
+    torch.testing.assert_close([found.detach(), *(getattr(leaves, name).grad for name in LEAVES)], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "weighting"), CASES[3:])
 def test_compiled_loss_equals_eager(kind, weighting):
     values = inputs()
     found, stats = evaluate(values, settings(kind, weighting, compiled=True))
@@ -115,6 +142,55 @@ def test_compiled_loss_equals_eager(kind, weighting):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     for name, value in sums.items():
         torch.testing.assert_close(stats[name], value, rtol=1e-5, atol=1e-6)
+
+
+def large(g: int, b: int, n: int, d: int) -> Inputs:
+    """Shapes of a real batch, and vectors whose distances are near the margin."""
+    scale = 5 / d
+    vectors = (normal(g, b, d) * scale, normal(g, b, d // 2), normal(g, b).sign(), normal(g, b, d) * scale, normal(g, n, d) * scale)
+    return Inputs(*vectors, normal(g, b, n) > -1, torch.ones(g, b))
+
+
+def peak_mb(values: Inputs, chosen: LossSettings) -> float:
+    """What one forward and backward adds to this process at its peak; the second time, when all is compiled."""
+    evaluate(values, chosen)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
+    before = status_mb("VmRSS")
+    evaluate(values, chosen)
+    return status_mb("VmHWM") - before
+
+
+reads_peaks = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux")
+
+
+@pytest.mark.slow
+@reads_peaks
+def test_steps_after_the_first_compile_nothing_and_store_no_differences():
+    """Not for other values, not for filling, not for a last batch whose chunk is all filling."""
+    chosen = settings("contrastive", "entropy", compiled=True)
+    g, b, n, d = 2, 128, 256, 256
+    values = large(g, b, n, d)
+    evaluate(values, chosen)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for step in range(5):
+        values.weight[0] = float(step % 2)
+        values.allowed[:, step % b] = False
+        values.pool[:] = normal(g, n, d, seed=step) * 5 / d
+        found, _ = evaluate(values, chosen)
+    expected, _ = evaluate(values, chosen._replace(compiled=False))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    peak = peak_mb(values, chosen)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert peak < 0.1 * (g * b * n * d * 4 / 2**20)
+
+
+@reads_peaks
+@pytest.mark.skipif(not pool.has_kernels("cpu"), reason="no C++ compiler")
+def test_one_vs_all_over_all_entities_stores_no_differences(monkeypatch):
+    monkeypatch.setattr(loss_module, "_compiled", lambda chosen: partial(loss_module._forward, settings=chosen))
+    b, n, d = 16, 4096, 128
+    # The pool and its gradient are of the size of the inputs; the differences are b times that.
+    assert peak_mb(large(1, b, n, d), settings("one_vs_all", "entropy", compiled=True)) < 0.3 * (b * n * d * 4 / 2**20)
 
 
 @pytest.mark.parametrize(("kind", "weighting"), CASES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mocme_dist.errors import ShapeError
-from mocme_dist.model.rotate import Relations, distance, pool_distance, rotate
+from mocme_dist.model.rotate import Relations, distance, rotate
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -64,63 +64,3 @@ def test_relations_start_all_around_the_circle():
     assert phases.min() < -3
     # The mean of 4000 such phases deviates by 0.029.
     assert abs(phases.mean().item()) < 0.12
-
-
-def pools(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries (2, 5, 8) and pools (2, 19, 8), some of them equal to a query, and slopes (2, 5, 19)."""
-    query, pool = normal(2, 5, 8), normal(2, 19, 8, seed=1)
-    pool[:, 3] = query[:, 2]
-    pool[:, 18] = query[:, 2]
-    pool[1, 0, 4:] = query[1, 0, 4:]  # some coordinates coincide in their imaginary part only
-    pool[0, 1, [0, 4]] = query[0, 1, [0, 4]]  # one complex coordinate coincides
-    return query.to(dtype), pool.to(dtype), normal(2, 5, 19, seed=2)
-
-
-def gradients(query: torch.Tensor, pool: torch.Tensor, slope: torch.Tensor, compiled: bool) -> list[torch.Tensor]:
-    query, pool = query.clone().requires_grad_(), pool.clone().requires_grad_()
-    value = pool_distance(query, pool, compiled)
-    (value * slope).sum().backward()
-    return [value.detach(), query.grad, pool.grad]
-
-
-def complex_gradients(query: torch.Tensor, pool: torch.Tensor, slope: torch.Tensor) -> list[torch.Tensor]:
-    query, pool = query.double().requires_grad_(), pool.double().requires_grad_()
-    value = (as_complex(query)[:, :, None] - as_complex(pool)[:, None]).abs().sum(-1)  # abs has gradient 0 at 0
-    (value * slope).sum().backward()
-    return [value.detach(), query.grad, pool.grad]
-
-
-def test_plain_pool_distance_equals_complex_arithmetic_where_points_coincide_too():
-    for found, expected in zip(gradients(*pools(), compiled=False), complex_gradients(*pools()), strict=True):
-        assert torch.isfinite(found).all()
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_pool_distance_equals_plain():
-    plain, compiled = gradients(*pools(), compiled=False), gradients(*pools(), compiled=True)
-    for found, expected in zip(compiled, plain, strict=True):
-        assert torch.isfinite(found).all()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_pool_distance_takes_bfloat16_and_gives_float32():
-    query, pool, slope = pools(torch.bfloat16)
-    for found, expected in zip(gradients(query, pool, slope, True), gradients(query, pool, slope, False), strict=True):
-        assert found.dtype == expected.dtype
-        # Distances are float32 sums; gradients are rounded to bfloat16's 8 bits on their way out.
-        torch.testing.assert_close(found, expected, **({"rtol": 1e-5, "atol": 1e-5} if found.dtype == torch.float32 else {}))
-    assert pool_distance(query, pool, True).dtype == torch.float32
-
-
-@pytest.mark.slow
-def test_compiled_pool_distance_gives_only_the_gradients_that_are_asked_for():
-    query, pool, slope = pools()
-    expected = gradients(query, pool, slope, False)
-    leaf = query.clone().requires_grad_()
-    (pool_distance(leaf, pool, True) * slope).sum().backward()
-    torch.testing.assert_close(leaf.grad, expected[1], rtol=1e-5, atol=1e-5)
-    leaf = pool.clone().requires_grad_()
-    (pool_distance(query, leaf, True) * slope).sum().backward()
-    torch.testing.assert_close(leaf.grad, expected[2], rtol=1e-5, atol=1e-5)
