@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,10 +58,11 @@ const find = (selector) => {
 };
 """
 _OPEN_ALL = "for (const e of find('tf-category-paginated-view, tf-category-pane')) if ('opened' in e) e.opened = true;"
+_PINNED = ("valid/mrr", "train/loss", "fusion/modality/text", "entropy/hard")
 # tab of the address, window, what to do there, seconds to wait before and after it
 TABS: dict[str, tuple[str, tuple[int, int], str, tuple[float, float]]] = {
-    "curves": ("timeseries", (1500, 1050), "", (6, 0)),
-    "arranged": ("custom_scalars", (1500, 1250), _OPEN_ALL, (6, 6)),
+    "curves": ("timeseries", (1500, 1050), "", (8, 0)),
+    "arranged": ("custom_scalars", (1500, 1320), _OPEN_ALL, (6, 6)),
     "information": ("images", (1500, 760), _OPEN_ALL, (6, 3)),
     "projector": ("projector", (1500, 950), "for (const e of find('#show-images, paper-icon-button.show-images')) e.click();", (15, 2)),
     "settings": ("hparams", (1500, 600), "", (6, 0)),
@@ -87,13 +89,15 @@ def answered(url: str, what: str, process: subprocess.Popen[bytes], seconds: flo
                 return bytes(response.read())
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
-    raise MocmeError(f"{what} at {url}: {'ended' if process.poll() is not None else f'no answer in {seconds:g} s'}; see its output above")
+    raise MocmeError(
+        f"{what} at {url}: {'ended' if process.poll() is not None else f'no answer in {seconds:g} s'}; run it by hand to see why"
+    )
 
 
 @contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is ended with the block."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -143,8 +147,9 @@ async def take_all(debugger: str, tensorboard: str, keep: Callable[[str, bytes],
     async with aiohttp.ClientSession() as session, session.ws_connect(debugger, max_msg_size=1 << 28) as connection:
         page = Page(connection)
         await page.call("Page.enable")
+        pinned = urllib.parse.quote(json.dumps([{"plugin": "scalars", "tag": tag} for tag in _PINNED]))
         for name, (tab, window, script, waits) in TABS.items():
-            keep(name, await page.shoot(f"{tensorboard}/?darkMode=false#{tab}", window, script, waits))
+            keep(name, await page.shoot(f"{tensorboard}/?darkMode=false&pinnedCards={pinned}#{tab}", window, script, waits))
 
 
 def find_browser(wanted: str | None) -> str:

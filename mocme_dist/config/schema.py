@@ -258,7 +258,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(10, ge=1, description="Epochs between two checkpoints.")
     num_to_keep: int = Field(2, ge=2, description="Checkpoints kept besides the best one.")
     patience: int = Field(0, ge=0, description="Stop after so many evaluations without a better valid MRR; 0 never.")
-    projector: int = Field(500, ge=0, description="Entities that TensorBoard's projector shows when a run ends; 0 is none.")
+    projector: int = Field(500, ge=0, le=4096, description="Entities that TensorBoard's projector shows when a run ends; 0 is none.")
     max_nonfinite: int = Field(
         10, ge=1, description="Consecutive steps with a non-finite loss or gradient before the run is called diverged."
     )

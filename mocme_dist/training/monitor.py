@@ -1,7 +1,7 @@
 """What rank 0 says about a run: curves, heat maps, warnings and a line per interval.
 
 Curves in TensorBoard: train/ (loss and its parts, gradient norms, speed), entropy/ (share of Easy, Ambiguous, Hard), phases/
-(milliseconds a step), fusion/ (every expert's and modality's weight), by_role/ (modality weights of entities by the role they
+(milliseconds a step), fusion/ (every expert's and modality's weight), roles/ (modality weights of entities by the role they
 play), information/ (heat maps in nats), valid/ (metrics), scale/ (ranks, rows, memory, vectors sent), warnings/ (one modality
 takes over; no negative is Hard). The Custom Scalars tab shows them arranged, the Projector tab a sample of entities.
 """
@@ -28,14 +28,14 @@ from mocme_dist.training.worker import Worker
 COLLAPSE_SHARE = 0.9
 # Entities whose weights are told apart by role, and how many roles get curves of their own.
 ROLE_SAMPLE, ROLES_SHOWN = 4096, 6
+# What the Custom Scalars tab shows together: category to chart to patterns of curves.
 CHARTS = {
-    "Learning": {"loss": ["train/loss", "train/loss_positive", "train/loss_negative"], "MRR on valid": ["valid/(head_|tail_)?mrr"]},
-    "Fusion": {"weight of each modality": ["fusion/modality/.*"], "weight of each expert": ["fusion/expert/.*"]},
-    "Modality weights by role": {"all roles": ["by_role/.*"]},
-    "Negatives": {"share by entropy": ["entropy/(easy|ambiguous|hard)"]},
-    "Time": {"milliseconds a step": ["phases/.*_ms"], "queries a second": ["train/queries_per_s"]},
-    "Scale": {"memory of rank 0, GiB": ["scale/rss_gib"], "vectors sent a step": ["scale/vectors_sent"]},
-    "Health": {"gradient norms": ["train/gradient_norm_.*"], "warnings": ["warnings/.*", "train/skipped_steps"]},
+    "Learning": {"loss": ["^train/loss$", "^train/loss_positive$", "^train/loss_negative$"], "MRR on valid": ["^valid/(head_|tail_)?mrr$"]},
+    "Fusion": {"weight of each modality": ["^fusion/modality/.*"], "weight of each expert": ["^fusion/expert/.*"]},
+    "Negatives": {"share by entropy": ["^entropy/(easy|ambiguous|hard)$"]},
+    "Time": {"milliseconds a step": ["^phases/.*_ms$"], "queries a second": ["^train/queries_per_s$"]},
+    "Scale": {"memory of rank 0, GiB": ["^scale/rss_gib$"], "vectors sent a step": ["^scale/vectors_sent$"]},
+    "Health": {"gradient norms": ["^train/gradient_norm_.*"], "warnings": ["^warnings/.*", "^train/skipped_steps$"]},
 }
 
 
@@ -51,7 +51,8 @@ class Monitor:
         self.sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64)
         self.skipped = self.total_skipped = self.sent_vectors = 0
         self.collapsed = self.no_hard = False
-        self.log.layout(CHARTS)
+        by_role = {f"weight of {name}": [f"^roles/.*/{name}$"] for name in worker.modalities} if len(worker.modalities) > 1 else {}
+        self.log.layout(CHARTS | ({"Modality weights by role": by_role} if by_role else {}))
         self.roles = self._find_roles() if self.rank0 else []
 
     def _find_roles(self) -> list[str]:
@@ -189,7 +190,7 @@ class Monitor:
             return {}
         means = {role: weights[torch.from_numpy(roles == role)].mean(0).tolist() for role in np.unique(roles).tolist()}
         return {
-            f"by_role/{role.replace(' ', '_')}/{name}": mean
+            f"roles/{role.replace(' ', '_')}/{name}": mean
             for role, row in means.items()
             for name, mean in zip(self.worker.modalities, row, strict=True)
         }
@@ -211,7 +212,7 @@ class Monitor:
         """Fill the projector with a sample: fused vectors, names, roles and pictures; collective."""
         w = self.worker
         first, last = w.partition.bounds(0)
-        count = min(last - first, self.config.train.projector)
+        count = min(last - first, self.config.train.projector, ROLE_SAMPLE)
         if count < 2:
             return
         vector_ND = w.vectors_of(np.arange(first, first + count))
@@ -220,8 +221,8 @@ class Monitor:
         names, tiles = w.dataset.entity_names()[first : first + count], None
         if "image" in w.dataset.modalities:
             limits = self.config.encoders
-            tiles = thumbnails(w.dataset, first, count, limits.max_member_mb * 2**20, limits.max_pixels)
-        labels = [[name, role] for name, role in zip(names, self.roles + [""] * count, strict=False)]
+            tiles = thumbnails(w.dataset, first, self.roles[:count], limits.max_member_mb * 2**20, limits.max_pixels)
+        labels = [[name, role] for name, role in zip(names, self.roles[:count], strict=True)]
         self.log.projector(step, vector_ND.float().cpu().numpy(), labels, ["name", "role"], tiles)
 
     def finished(self, report: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -38,19 +40,22 @@ def test_rare_roles_become_others():
     assert frequent(["a", "b", "a", "c", "b", "d"], 2) == ["a", "b", "a", OTHERS, "b", OTHERS]
 
 
-def test_thumbnails_are_the_first_picture_or_grey(tiny_dataset):
+def test_thumbnails_are_the_first_picture_or_a_dot_of_the_roles_colour(tiny_dataset):
     dataset = Dataset.open(tiny_dataset)
-    tiles = thumbnails(dataset, 5, 40, 1 << 20, 1 << 20)  # from inside one shard of 16 into another
+    roles = entity_roles(dataset.triples("train"), dataset.relation_names(), 5, 40)
+    tiles = thumbnails(dataset, 5, roles, 1 << 20, 1 << 20)  # from inside one shard of 16 into another
+    pictured = set()
     for shard in range(dataset.shards.num_shards):
         for sample in dataset.read_samples(shard, 1 << 20):
             if 5 <= sample.id < 45 and sample.files("image"):
-                import io
-
                 with Image.open(io.BytesIO(sample.files("image")[0])) as picture:
                     expected = np.asarray(picture.convert("RGB").resize((TILE, TILE), Image.Resampling.BILINEAR))
                 assert np.array_equal(tiles[sample.id - 5], expected)
-                tiles[sample.id - 5] = 224
-    assert (tiles == 224).all()
+                pictured.add(sample.id - 5)
+    dots = {role: {tiles[n].tobytes() for n in range(40) if roles[n] == role and n not in pictured} for role in set(roles)}
+    assert 10 < len(pictured) < 40 and all(len(own) <= 1 for own in dots.values())
+    frequent_dots = [own for role, own in dots.items() if role in frequent(roles, 6) and own]
+    assert len({dot for own in frequent_dots for dot in own}) == len(frequent_dots)
 
 
 def test_a_run_ends_with_a_projector_of_names_roles_and_pictures_and_an_arranged_tab(featured_dataset, tmp_path):
@@ -76,8 +81,6 @@ def test_a_run_ends_with_a_projector_of_names_roles_and_pictures_and_an_arranged
     events.Reload()
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category][:2] == ["Learning", "Fusion"]
-    import re
-
     tags = events.Tags()["scalars"]
     silent = [
         pattern
@@ -87,7 +90,7 @@ def test_a_run_ends_with_a_projector_of_names_roles_and_pictures_and_an_arranged
         if not any(re.fullmatch(pattern, tag) for tag in tags)
     ]
     assert silent == []
-    by_role = {tag: [event.value for event in events.Scalars(tag)] for tag in tags if tag.startswith("by_role/")}
+    by_role = {tag: [event.value for event in events.Scalars(tag)] for tag in tags if tag.startswith("roles/")}
     assert by_role and all(0 <= value <= 1 for values in by_role.values() for value in values)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["mrr"] > 0
 
