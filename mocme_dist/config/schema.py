@@ -176,6 +176,9 @@ class ExpertsConfig(Section):
     width: int = Field(
         256, ge=2, multiple_of=2, description="D, width in real numbers; read as D / 2 complex numbers when scoring (paper: 256)."
     )
+    kind: Literal["mlp", "identity"] = Field(
+        "mlp", description="identity: the one view of a modality is its projection; with structure alone the model is plain RotatE."
+    )
     residual: bool = Field(False, description="Expert k gives x + f_k(x) instead of f_k(x).")
     dropout: float = Field(0.0, ge=0, lt=1, description="On the experts' hidden layer.")
 
@@ -317,6 +320,7 @@ class RunConfig(Section):
     resume: str = Field(
         "auto", pattern=r"^(auto|none|\d+)$", description="auto: from the newest valid checkpoint; STEP: from that one; none: start anew."
     )
+    profile: int = Field(0, ge=0, description="Trace so many steps after the first five, to RUN_DIR/profile; 0 is off.")
 
 
 class Config(Section):
@@ -348,6 +352,8 @@ class Config(Section):
             raise ValueError(f"modalities names one twice: {', '.join(self.modalities)}")
         if self.modalities == ():
             raise ValueError("modalities is empty; expected at least one of " + ", ".join(MODALITIES))
+        if self.experts.kind == "identity" and self.experts.num_experts != 1:
+            raise ValueError(f"experts.num_experts is {self.experts.num_experts}, but views of kind identity would be equal; set it to 1")
         if self.train.batch_size % self.negatives.chunk_size:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is not a multiple of negatives.chunk_size {self.negatives.chunk_size}; "

@@ -8,6 +8,14 @@ from torch import Tensor, nn
 from mocme_dist.errors import ShapeError
 
 
+class NoExperts(nn.Module):
+    """The projection itself as a modality's one view: a control, and with structure alone plain RotatE."""
+
+    def forward(self, x_MUD: Tensor) -> Tensor:
+        """(M, U, D) to views (M, 1, U, D)."""
+        return x_MUD[:, None]
+
+
 class Experts(nn.Module):
     """Views (M, K, U, D) of projected entities (M, U, D): expert k of modality m is Linear-ReLU-Linear.
 

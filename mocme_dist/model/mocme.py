@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mocme_dist.errors import ShapeError
-from mocme_dist.model.experts import Experts
+from mocme_dist.model.experts import Experts, NoExperts
 from mocme_dist.model.fusion import Fused, Fusion, FusionSettings
 from mocme_dist.model.mine import Reduce
 from mocme_dist.model.projection import Projections
@@ -25,6 +25,7 @@ class ModelSettings(NamedTuple):
 
     width: int = 256
     num_experts: int = 3
+    experts: str = "mlp"
     residual: bool = False
     experts_dropout: float = 0.0
     projection_hidden: int | None = None
@@ -60,7 +61,8 @@ class MoCME(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # Linear layers initialise from the global generator
             self.projections = Projections(raw_widths, settings.projection_hidden or D, D, settings.projection_dropout, settings.structure)
-        self.experts = Experts(M, K, D, settings.experts_dropout, settings.residual, generator)
+        mixed = settings.experts == "mlp"
+        self.experts = Experts(M, K, D, settings.experts_dropout, settings.residual, generator) if mixed else NoExperts()
         self.fusion = Fusion(M, K, D, settings.fusion, generator)
         self.relations = Relations(num_relations, D, generator)
         # RotatE's initial range: with parts near 1 the distances of D / 2 moduli start near gamma, not far above.

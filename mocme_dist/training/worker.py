@@ -263,6 +263,7 @@ def model_settings(config: Config) -> ModelSettings:
     return ModelSettings(
         width=config.experts.width,
         num_experts=config.experts.num_experts,
+        experts=config.experts.kind,
         residual=config.experts.residual,
         experts_dropout=config.experts.dropout,
         projection_hidden=config.projection.hidden,

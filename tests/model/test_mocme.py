@@ -30,6 +30,15 @@ def inputs() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     return raw, present, torch.arange(V) % 2 == 1
 
 
+def test_structure_without_projection_and_experts_is_the_scaled_row():
+    """Plain RotatE: nothing between an entity's row and its distances but RotatE's range."""
+    model = MoCME({"structure": D}, R, settings(num_experts=1, experts="identity", structure="identity", fusion=FusionSettings("uniform")))
+    rows_VD = torch.randn(V, D, requires_grad=True)
+    z_VD = model.encode({"structure": rows_VD}, torch.ones(1, V, dtype=torch.bool)).z_VD
+    assert torch.equal(z_VD, rows_VD * model.scale)
+    assert [name for name, _ in model.named_parameters()] == ["relations.phase_RC"]
+
+
 def loss_of(model: MoCME, z_VD: torch.Tensor) -> torch.Tensor:
     """A completion loss whose chunk has 6 queries and a pool of 10."""
     gen = torch.Generator().manual_seed(2)

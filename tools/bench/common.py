@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, memory and the closing JSON line."""
+"""What the benchmarks share: timing, the machine's measured ceilings, and the closing JSON line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def wait_for_device() -> None:
+    """Let an accelerator finish what it was given, so that a clock read now means something."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def measure(function: Callable[[], object], warmup: int = 3, repeats: int = 20) -> tuple[float, float]:
@@ -21,31 +28,72 @@ def measure(function: Callable[[], object], warmup: int = 3, repeats: int = 20) 
         function()
     times = []
     for _ in range(repeats):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for_device()
         start = time.perf_counter()
         function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for_device()
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times), statistics.quantiles(times, n=10)[-1] if len(times) > 1 else times[0]
+    return spread(times)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Median and 90th percentile."""
+    return statistics.median(values), statistics.quantiles(values, n=10)[-1] if len(values) > 1 else values[0]
+
+
+def ceilings(repeats: int = 20) -> dict[str, float]:
+    """What this machine reaches now, with the threads that torch has: copy bandwidth and the rate of a float32 product.
+
+    copy_gb_per_s: bytes read and written by copying 256 MB. matrix_gflop_per_s: additions and multiplications of a
+    2,048 x 2,048 product without TF32. vector_gop_per_s: elementwise instructions, each on one number, at the same
+    rate of issue: a fused multiply-add of the product counts once.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(1 << 26, device=device)
+    target, square = torch.empty_like(source), torch.randn(2048, 2048, device=device)
+    copy_ms, _ = measure(lambda: target.copy_(source), 2, repeats)
+    matrix_ms, _ = measure(lambda: square @ square, 2, repeats)
+    flop = 2 * 2048**3
+    return {
+        "copy_gb_per_s": round(2 * 4 * source.numel() / copy_ms / 1e6, 1),
+        "matrix_gflop_per_s": round(flop / matrix_ms / 1e6, 1),
+        "vector_gop_per_s": round(flop / 2 / matrix_ms / 1e6, 1),
+    }
 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
+    sets = [name for name in ("avx2", "avx512f", "amx_tile") if f" {name} " in Path("/proc/cpuinfo").read_text()]
+    cpu = f"{model} ({', '.join(sets)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
 
 def row(name: str, value: float, unit: str, bar: str = "") -> dict[str, Any]:
-    """One figure; `bar` is what it is held against, as text."""
+    """One figure; `bar` is what it is held against, as text: '>= 20' or '<= 0.1'."""
     return {"name": name, "value": round(value, 4), "unit": unit, "bar": bar}
 
 
+def is_met(figure: dict[str, Any]) -> bool | None:
+    """Whether a row reaches its bar; None when it has none that can be read."""
+    sign, _, bound = figure["bar"].partition(" ")
+    try:
+        limit = float(bound)
+    except ValueError:
+        return None
+    compare = {">=": figure["value"] >= limit, ">": figure["value"] > limit, "<=": figure["value"] <= limit, "<": figure["value"] < limit}
+    return compare.get(sign)
+
+
 def finish(bench: str, parity: bool, rows: list[dict[str, Any]], **extra: Any) -> None:
-    """Print the closing line."""
-    print(json.dumps({"bench": bench, "parity": parity, "rows": rows, "machine": machine(), **extra}))
+    """Print the rows for reading, then the closing line; exit with 1 when the twins did not agree."""
+    for figure in rows:
+        met = {True: "met", False: "MISSED", None: ""}[is_met(figure)]
+        print(f"  {figure['name']:32s} {figure['value']:14,.4f} {figure['unit']:24s} {figure['bar']:8s} {met}")
+    if "--quick" in sys.argv[1:]:
+        extra["quick"] = True
+    print(json.dumps({"bench": bench, "parity": parity, "rows": rows, "machine": machine(), **extra}), flush=True)
+    if not parity:
+        sys.exit(1)

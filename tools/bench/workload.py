@@ -1,0 +1,143 @@
+"""A random graph of a benchmark's size, and runs of the real training loop on it that note when each step began.
+
+Nothing is learnt from a random graph; a step costs what it would cost on a real one of its size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mocme_dist.config import Config, load_config
+from mocme_dist.config.schema import DataConfig
+from mocme_dist.data.dataset import Dataset
+from mocme_dist.data.features import write_part
+from mocme_dist.data.files import write_json
+from mocme_dist.data.packing import pack_folder
+from mocme_dist.errors import Preempted
+from mocme_dist.parallel.comm import communication
+from mocme_dist.train import resolve_paths
+from mocme_dist.training.loop import Training
+from mocme_dist.training.rundir import RunDirectory
+from mocme_dist.training.worker import Worker, open_dataset
+
+RELATIONS = 169
+
+
+def make_graph(folder: Path, num_entities: int = 15_000, num_triples: int = 34_000, widths: dict[str, int] | None = None) -> Path:
+    """Pack a random graph with random features of the given widths for nine entities in ten; the data set's directory."""
+    gen, raw = np.random.default_rng(0), folder / "raw"
+    raw.mkdir(parents=True)
+    heads = np.concatenate([np.arange(num_entities), gen.integers(num_entities, size=max(0, num_triples - num_entities))])
+    triples = np.stack([heads, gen.integers(RELATIONS, size=len(heads)), gen.integers(num_entities, size=len(heads))], 1)
+    triples = np.unique(triples, axis=0)[gen.permutation(len(np.unique(triples, axis=0)))]
+    held = {"valid": triples[:100], "test": triples[100:200], "train": triples}
+    for split, part in held.items():
+        (raw / f"{split}.txt").write_text("".join(f"e{h}\tr{r}\te{t}\n" for h, r, t in part))
+    (raw / "text.tsv").write_text("entity\tlabel\n" + "".join(f"e{i}\tentity {i}\n" for i in range(num_entities)))
+    (raw / "numeric.tsv").write_text("entity\tattribute\tvalue\n" + "".join(f"e{i}\tsize\t{i}\n" for i in range(num_entities)))
+    # Held-out triples stand in train too: a step's cost does not care, and every name is seen.
+    dataset = pack_folder(raw, folder / "dataset", DataConfig(allow_leakage=True))
+    for modality, width in (widths or {}).items():
+        _write_features(dataset, modality, width, gen)
+    return dataset.directory
+
+
+def _write_features(dataset: Dataset, modality: str, width: int, gen: np.random.Generator) -> None:
+    directory = dataset.directory / "features" / modality
+    directory.mkdir(parents=True)
+    for shard, entry in enumerate(dataset.entries):
+        first, last = dataset.shards.bounds(shard)
+        present = gen.random(last - first) < 0.9
+        values = gen.standard_normal((int(present.sum()), width)).astype(np.float16)
+        stats = {"failed": {}, "examples": [], "input_sha256": entry.sha256, "encoder_hash": "random"}
+        write_part(directory, shard, values, present, stats)
+    sizes = {"num_rows": dataset.num_entities, "shard_rows": dataset.shards.shard_rows, "width": width}
+    write_json(directory / "manifest.json", {"format": 1, "encoder_hash": "random", "dtype": "float16", **sizes})
+
+
+STRUCTURE_ONLY = (
+    "modalities=[structure]",
+    "projection.structure=identity",
+    "experts.kind=identity",
+    "experts.num_experts=1",
+    "fusion.estimator=uniform",
+)
+FULL = ("modalities=[structure, text, numeric]", "experts.num_experts=3", "fusion.estimator=mine")
+
+
+def step_config(dataset: Path, run_dir: Path, *overrides: str, queries: int = 1024, negatives: int = 256, width: int = 256) -> Config:
+    """The configuration of a local run of one process at a benchmark's shapes; later overrides win."""
+    sizes = (f"train.batch_size={queries}", f"negatives.count={negatives}", f"experts.width={width}", "negatives.chunk_size=128")
+    paths = (f"data.dataset={json.dumps(str(dataset))}", f"run.dir={json.dumps(str(run_dir))}")
+    fixed = ("launch.mode=local", "train.epochs=1000000", "negatives.weighting=self_adversarial")
+    return resolve_paths(load_config([], [*sizes, *paths, *fixed, *overrides]))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps of the real loop.
+
+    step_s: seconds from one step's begin to the next. phases: each phase's mean seconds a step. prepare_s: CPU seconds
+    of the background thread for one batch.
+    """
+
+    step_s: list[float]
+    phases: dict[str, float]
+    prepare_s: float
+
+
+def timed_steps(config: Config, steps: int, warmup: int) -> Timed:
+    """Run the training loop as `train` does, monitor, prefetch and all; the first `warmup` steps are not counted.
+
+    It is asked to stop in the step behind the last counted one, and its checkpoint is not counted. Callers hold
+    `communication` open around several runs: DeepSpeed does not start twice in one process otherwise.
+    """
+    marks: list[float] = []
+    phases: dict[str, float] = {}
+    directory = RunDirectory(config.run.dir)
+    directory.checkpoints.mkdir(parents=True)
+    with communication(60) as comm:
+        worker = Worker(config, open_dataset(config), comm)
+        prepared = _count_time_of_prepare(worker)
+
+        def stop() -> bool:
+            """Called once a step, before its rows are looked up."""
+            marks.append(time.perf_counter())
+            if len(marks) == warmup + 1:
+                phases.update(worker.timer.total)
+                prepared.clear()
+            return len(marks) > warmup + steps
+
+        with suppress(Preempted):
+            Training(config, worker, directory, stop).train()
+        # Of the last step, which is not counted, all but the checkpoint.
+        phases = {name: (total - phases.get(name, 0.0)) / (steps + 1) for name, total in worker.timer.total.items() if name != "checkpoint"}
+    return Timed(np.diff(marks[warmup:]).tolist(), phases, sum(prepared) / max(1, len(prepared)))
+
+
+def _count_time_of_prepare(worker: Worker) -> list[float]:
+    """CPU seconds of the background thread for each batch, as they come."""
+    spent: list[float] = []
+    prepare = worker.prepare
+
+    def counted(step: int):  # type: ignore[no-untyped-def]
+        start = time.thread_time()
+        out = prepare(step)
+        spent.append(time.thread_time() - start)
+        return out
+
+    worker.prepare = counted  # type: ignore[method-assign]
+    return spent
+
+
+def use_all_cores() -> None:
+    """Torch's threads as many as this process may use, whatever OMP_NUM_THREADS says."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
