@@ -102,8 +102,9 @@ def main() -> None:
         choices=("error", "mask"),
         help="stored features that are not finite stop the run or count as absent (features.on_bad)",
     )
+    parser.add_argument("--profile", type=int, metavar="N", help="trace N steps after the first five to RUN_DIR/profile (run.profile)")
     args = parser.parse_args()
-    given = {"run.resume": args.resume and f'"{args.resume}"', "features.on_bad": args.on_bad_feature}
+    given = {"run.profile": args.profile, "run.resume": args.resume and f'"{args.resume}"', "features.on_bad": args.on_bad_feature}
     config = resolve_paths(config_of(args, [f"{key}={value}" for key, value in given.items() if value is not None]))
     report = train(config)
     from mocme_dist.training.launch import is_follower

@@ -22,6 +22,7 @@ from mocme_dist.training import checkpoint
 from mocme_dist.training.checkpoint import Saver
 from mocme_dist.training.log import RunLog, duration
 from mocme_dist.training.monitor import Monitor
+from mocme_dist.training.profiler import StepProfiler
 from mocme_dist.training.rundir import RunDirectory
 from mocme_dist.training.step import train_step
 from mocme_dist.training.worker import Worker, open_dataset
@@ -93,6 +94,7 @@ class Training:
             directory.write_config(config)  # now that the checkpoint has accepted these settings
         self.log = RunLog(directory.curve, directory.tensorboard, self.comm.rank == 0, self.step)
         self.monitor = Monitor(worker, self.log, config, self.last_step, self.step)
+        self.profiler = StepProfiler(directory.path / "profile", config.run.profile, self.comm.rank, worker.timer)
 
     def _resume(self) -> int:
         saved = checkpoint.agree(self.directory.checkpoints, self.config.run.resume, self.comm)
@@ -110,7 +112,7 @@ class Training:
         if self.comm.rank == 0:
             log.info(self.monitor.opening(self.steps_per_epoch))
         patience = self.config.train.patience
-        with Prefetcher(self.worker.prepare, self.step, self.last_step) as batches:
+        with Prefetcher(self.worker.prepare, self.step, self.last_step) as batches, self.profiler.running():
             stream = iter(batches)
             while self.step < self.last_step and not (patience and self.bad_evaluations >= patience):
                 with self.worker.timer.phase("wait"):
@@ -128,6 +130,7 @@ class Training:
                 self.step += 1
                 self.monitor.record(self.step, result, sum(route.sent_vectors for _, route in prepared))
                 self._check_finite(result.skipped, prepared[0][0].ids_U)
+                self.profiler.step(self.step)
                 self._after_step(result.stop)
 
     def _seed_dropout(self) -> None:

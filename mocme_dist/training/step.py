@@ -7,10 +7,7 @@ a gradient; the table applies it. A step may come in parts, whose gradients add 
 from __future__ import annotations
 
 import math
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,27 +21,7 @@ from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.exchange import Route, exchange
 from mocme_dist.parallel.table import EntityTable, coalesce
 from mocme_dist.training.plain_engine import Engine, buffers_of
-
-
-class PhaseTimer:
-    """Seconds spent in named phases, added up until `take`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """The sums so far; they start again at 0."""
-        taken, self.seconds = dict(self.seconds), defaultdict(float)
-        return taken
+from mocme_dist.training.profiler import PhaseTimer
 
 
 class EntityInput(NamedTuple):
@@ -68,19 +45,21 @@ class StepModule(nn.Module):
         The engine averages gradients over ranks, so each rank's share is multiplied by the number of ranks: the
         average is then the gradient of the mean over the global batch. The networks' own loss is a share too.
         """
-        fused = self.model.encode(entities.raw, entities.present_MV, entities.held_out_V, self.comm.sum, estimate)
+        with self.timer.phase("encode"):
+            fused = self.model.encode(entities.raw, entities.present_MV, entities.held_out_V, self.comm.sum, estimate)
         with self.timer.phase("exchange"):
             z_UD = exchange(fused.z_VD, route)
-        loss, stats = completion_loss(
-            z_UD[batch.source_Gb],
-            self.model.relations(batch.relation_Gb),
-            batch.sign_Gb,
-            z_UD[batch.target_Gb],
-            z_UD[batch.pool_GN],
-            batch.allowed_GbN,
-            batch.weight_Gb,
-            self.loss,
-        )
+        with self.timer.phase("loss"):
+            loss, stats = completion_loss(
+                z_UD[batch.source_Gb],
+                self.model.relations(batch.relation_Gb),
+                batch.sign_Gb,
+                z_UD[batch.target_Gb],
+                z_UD[batch.pool_GN],
+                batch.allowed_GbN,
+                batch.weight_Gb,
+                self.loss,
+            )
         return (loss / batch.total + fused.loss) * self.comm.world_size, stats, fused
 
 
@@ -137,17 +116,18 @@ def train_step(
     sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64, device=comm.device)
     touched: list[tuple[Tensor, Tensor]] = []
     for part in parts:
-        with timer.phase("compute"):
-            loss, stats, fused = engine(part.entities, part.route, part.batch, estimate and part.last)
+        loss, stats, fused = engine(part.entities, part.route, part.batch, estimate and part.last)
+        with timer.phase("agree"):
             sums += comm.sum(pack_stats(stats, fused.loss, stop))
             finite = bool(torch.isfinite(sums).all())
             stopping = bool(sums[STAT_NAMES.index("stop")] > 0)
-            if finite or touched:
+        if finite or touched:
+            with timer.phase("backward"):
                 engine.backward(loss, part.last or not finite)
-            if not finite:
-                if touched:
-                    engine.skip()
-                return skipped(math.nan)
+        if not finite:
+            if touched:
+                engine.skip()
+            return skipped(math.nan)
         # Rows got the sum over ranks of gradients that were multiplied by the world size; see StepModule.
         grad_VD = part.rows_VD.grad if part.rows_VD.grad is not None else torch.zeros_like(part.rows_VD)
         touched.append((part.route.rows_V, grad_VD / comm.world_size))

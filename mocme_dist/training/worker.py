@@ -37,7 +37,8 @@ from mocme_dist.partition import RowPartition
 from mocme_dist.training.encode import EntityEncoder
 from mocme_dist.training.engine import make_engine
 from mocme_dist.training.log import Progress
-from mocme_dist.training.step import EntityInput, Part, PhaseTimer, StepModule
+from mocme_dist.training.profiler import PhaseTimer
+from mocme_dist.training.step import EntityInput, Part, StepModule
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from mocme_dist.parallel.exchange import plan_route
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
 from mocme_dist.training.engine import TorchEngine
-from mocme_dist.training.step import STAT_NAMES, EntityInput, Part, PhaseTimer, StepModule, train_step
+from mocme_dist.training.profiler import PhaseTimer
+from mocme_dist.training.step import STAT_NAMES, EntityInput, Part, StepModule, train_step
 
 R, D, F = 3, 8, 5
 

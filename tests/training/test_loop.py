@@ -67,7 +67,7 @@ def test_tensorboard_holds_the_promised_curves_maps_and_settings(finished_run):
     promised = {
         *(f"train/{name}" for name in names),
         *(f"entropy/{name}" for name in ("easy", "ambiguous", "hard")),
-        *(f"phases/{name}_ms" for name in ("wait", "lookup", "exchange", "compute", "update")),
+        *(f"phases/{name}_ms" for name in ("wait", "lookup", "encode", "exchange", "loss", "agree", "backward", "update")),
         *(f"fusion/modality/{name}" for name in ("structure", "numeric")),
         *(f"fusion/expert/{name}_{k}" for name in ("structure", "numeric") for k in range(2)),
         *(f"valid/{name}" for name in METRICS),
