@@ -33,5 +33,9 @@ test: env
 test-unit: env
 	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu"
 
+# Every benchmark in turn, for half an hour; each adds a dated row to its table in tools/bench/RESULTS.md. BENCH=--quick shortens it.
+bench: env
+	$(BIN)/python -m tools.bench.all $(BENCH)
+
 check: env
 	$(BIN)/python tools/check.py

@@ -1,0 +1,97 @@
+"""The parts of the benchmarks that decide what is said: bars, tables that keep their history, and peers that agree."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tools.bench import all as bench_all
+from tools.bench.common import finish, is_met, measure, row, spread
+from tools.bench.eager_rotate import EagerRotatE
+
+
+def test_bars_are_read():
+    assert [is_met(row("a", 2.0, "x", bar)) for bar in (">= 2", "> 2", "<= 2", "< 2", "", "about 2")] == [
+        True,
+        False,
+        True,
+        False,
+        None,
+        None,
+    ]
+
+
+def test_a_measure_is_a_median_and_a_percentile():
+    assert spread([3.0, 1.0, 2.0])[0] == 2.0
+    calls = []
+    median_ms, p90_ms = measure(lambda: calls.append(1), 2, 20)
+    assert len(calls) == 22 and 0 <= median_ms <= p90_ms
+
+
+def test_twins_that_disagree_end_with_1(capsys):
+    finish("x", True, [row("speedup", 3, "x", ">= 2")])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["bench"], last["parity"], last["rows"][0]["value"]) == ("x", True, 3)
+    with pytest.raises(SystemExit) as ended:
+        finish("x", False, [])
+    assert ended.value.code == 1
+
+
+def result(value: float, *more: dict) -> dict:
+    return {
+        "bench": "loss",
+        "parity": True,
+        "rows": [row("speedup", value, "x", ">= 20"), *more],
+        "machine": {"device": "cpu, 2 cores", "commit": "abc"},
+    }
+
+
+def test_a_new_run_adds_a_row_and_loses_nothing():
+    page = "# Results\n\nBy hand.\n\n<!-- bench loss -->\n<!-- end loss -->\n\n| by | hand |\n| --- | --- |\n| 1 | 2 |\n"
+    once = bench_all.update(page, "loss", bench_all.cells_of(result(39.0)))
+    twice = bench_all.update(once, "loss", bench_all.cells_of(result(12.5, row("memory_ratio", 0.01, "of eager"))))
+    assert twice.startswith("# Results\n\nBy hand.\n\n<!-- bench loss -->\n| date")
+    assert twice.endswith("<!-- end loss -->\n\n| by | hand |\n| --- | --- |\n| 1 | 2 |\n")
+    columns, rows = bench_all.read_table(twice.split("-->\n")[1])
+    assert columns == ["date", "commit", "machine", "speedup >= 20", "memory_ratio", "command"]
+    assert [r["speedup >= 20"] for r in rows] == ["39 (met)", "12.5 (missed)"]
+    assert [r["memory_ratio"] for r in rows] == ["", "0.01"]
+    assert rows[0]["command"] == "`python -m tools.bench.loss`"
+
+
+def test_a_bench_without_a_section_gets_one():
+    page = bench_all.update("# Results\n", "new", bench_all.cells_of(result(1.0)))
+    assert page.count("<!-- bench new -->") == 1 and "## Runs of tools/bench/new.py" in page
+
+
+@pytest.mark.slow
+def test_all_tells_of_a_bench_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["all", "--only", "loss", "mine", "--results", str(tmp_path / "R.md")])
+    monkeypatch.setattr(bench_all, "run", lambda name, quick: {**result(1.0), "parity": False} if name == "loss" else None)
+    with pytest.raises(SystemExit) as ended:
+        bench_all.main()
+    assert ended.value.code == 1 and "loss, mine" in capsys.readouterr().out
+    assert "PARITY FAILED" in (tmp_path / "R.md").read_text()
+
+
+def test_the_eager_peers_compute_the_published_loss():
+    """Shared and per-triple forms against complex arithmetic, and with each other where pools are the same."""
+    gen = torch.Generator().manual_seed(0)
+    E, R, C, B, N = 11, 3, 4, 6, 5
+    model = EagerRotatE(torch.randn(E, 2 * C, generator=gen), torch.rand(R, C, generator=gen) * 6, 3.0).double()
+    draw = lambda high, *shape: torch.randint(high, shape, generator=gen)  # noqa: E731
+    source, relation, target, pool = draw(E, 1, B), draw(R, 1, B), draw(E, 1, B), draw(E, 1, N)
+    sign = torch.tensor([[1.0, -1, 1, -1, 1, 1]]).double()
+    shared = model.shared(source, relation, sign, target, pool, torch.ones(1, B, N, dtype=torch.bool))
+    own = model.per_triple(source[0], relation[0], sign[0], target[0], pool.expand(B, N))
+    z_EC = torch.complex(*model.entity.detach().chunk(2, -1))
+    expected = 0.0
+    for b in range(B):
+        query = z_EC[source[0, b]] * torch.exp(1j * sign[0, b] * model.phase.detach()[relation[0, b]])
+        score = lambda rows: 3.0 - (query - z_EC[rows]).abs().sum(-1)  # noqa: B023, E731
+        weight = torch.softmax(score(pool[0]), 0)
+        expected -= float(torch.log(torch.sigmoid(score(target[0, b]))) + (weight * torch.log(torch.sigmoid(-score(pool[0])))).sum()) / 2
+    assert torch.allclose(shared, own) and np.isclose(float(shared.detach()), expected / B)

@@ -1,0 +1,75 @@
+"""One training step of the real loop, and where its time goes: `python -m tools.bench.step [--quick]`.
+
+B 1024 queries, N 256 negatives shared by chunks of 128, D 256, 15,000 entities, one process, all cores: structure only
+(plain RotatE), and full MoCME with structure, text (384) and numbers (128), K 3 and MINE. A step is timed from one to
+the next inside `Training.train`: prefetch, lookup, forward, backward, updates, monitor.
+
+host_overhead is the share of a full MoCME step that is not inside encode (with MINE), loss, backward or the updates
+of rows and networks: waiting for the batch, lookup, exchange, the finite check, the monitor and the loop. Parity: the
+loss of the compiled step equals that of the plain one on the same batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mocme_dist.parallel.comm import communication
+from mocme_dist.training.worker import Worker, open_dataset
+from tools.bench.common import ceilings, finish, row, spread
+from tools.bench.workload import FULL, STRUCTURE_ONLY, Timed, make_graph, step_config, timed_steps, use_all_cores
+
+INSIDE = ("encode", "loss", "backward", "update")
+WIDTHS = {"text": 384, "numeric": 128}
+
+
+def first_loss(dataset: Path, run_dir: Path, compiled: str) -> float:
+    """Mean loss of the first batch, forward only."""
+    config = step_config(dataset, run_dir, *FULL, f"compile={compiled}")
+    with communication(60) as comm, torch.no_grad():
+        worker = Worker(config, open_dataset(config), comm)
+        (part,) = worker.parts(worker.prepare(0))
+        loss, _, _ = worker.engine(part.entities, part.route, part.batch, True)
+    return float(loss)
+
+
+def figures(name: str, timed: Timed, queries: int) -> list[dict[str, object]]:
+    """Rows of one kind of step."""
+    median_s, p90_s = spread(timed.step_s)
+    inside = sum(timed.phases.get(phase, 0.0) for phase in INSIDE)
+    mean_s = sum(timed.step_s) / len(timed.step_s)
+    rows = [
+        row(f"{name}_step_ms", 1e3 * median_s, "ms"),
+        row(f"{name}_step_p90_ms", 1e3 * p90_s, "ms"),
+        row(f"{name}_steps_per_s", 1 / median_s, "steps/s"),
+        row(f"{name}_queries_per_s", queries / median_s, "queries/s"),
+        row(f"{name}_prepare_cpu_ms", 1e3 * timed.prepare_s, "ms of the other thread"),
+    ]
+    rows += [row(f"{name}_{phase}_ms", 1e3 * seconds, "ms") for phase, seconds in timed.phases.items()]
+    overhead = max(0.0, 1 - inside / mean_s)
+    return [*rows, row("host_overhead" if name == "full" else f"{name}_host_overhead", overhead, "of a step", "<= 0.1" * (name == "full"))]
+
+
+def main() -> None:
+    """Parse, check parity, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    args = parser.parse_args()
+    use_all_cores()
+    steps = 10 if args.quick else 40
+    with tempfile.TemporaryDirectory(prefix="mocme-bench-") as temporary, communication(60):
+        folder = Path(temporary)
+        dataset = make_graph(folder, widths=WIDTHS)
+        plain, compiled = first_loss(dataset, folder / "off", "off"), first_loss(dataset, folder / "on", "auto")
+        rows = []
+        for name, overrides in (("structure", STRUCTURE_ONLY), ("full", FULL)):
+            rows += figures(name, timed_steps(step_config(dataset, folder / name, *overrides), steps, 6), 1024)
+    shapes = {"B": 1024, "N": 256, "D": 256, "chunk": 128, "entities": 15_000, "modalities": ["structure", *WIDTHS], "K": 3}
+    finish("step", abs(plain - compiled) <= 1e-4 * abs(plain), rows, shapes=shapes, ceilings=ceilings(5))
+
+
+if __name__ == "__main__":
+    main()
