@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 from mocme_dist.errors import ConfigError
 
@@ -13,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # A local cluster moves only task descriptions and statistics; Ray's default would take a third of the memory.
 OBJECT_STORE_BYTES = 200_000_000
+# Settings of Ray Train that its workers read from their own environment; Ray itself passes on only some of its names.
+PASSED_ON = ("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
 
 
 def quiet_worker() -> None:
@@ -74,7 +79,13 @@ def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
         return
     _check_listening(address)
     try:
-        ray.init(address="auto", log_to_driver=log_to_driver, logging_level=logging.WARNING)
+        variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        ray.init(
+            address="auto",
+            log_to_driver=log_to_driver,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": variables} if variables else None,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -86,6 +97,51 @@ def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
     log.info("ray: joined %s with %d CPUs", address, cpus)
     if cpus < min_cpus:
         log.warning("ray: the cluster has %d CPUs, this work asks for %d: it waits until the cluster grows", cpus, min_cpus)
+
+
+def leave_ray() -> None:
+    """Leave Ray, or end the local one, so that nothing of what it still has to say comes after the last line of a command."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+
+
+def may_grow() -> bool:
+    """Whether nodes may join: a cluster that RAY_ADDRESS names, not one that this process started for itself."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def count_workers(each: Mapping[str, float], free: bool = False) -> int:
+    """How many workers fit into the cluster, node by node; nodes that are leaving do not count.
+
+    Args:
+        each: resources of one worker, as {"CPU": 1, "GPU": 1}.
+        free: only into what nobody holds at the moment (over all nodes: Ray does not say it by node).
+    """
+    import ray
+
+    leaving = draining_nodes()
+    # The stubs of Ray give these functions no types.
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in leaving]
+    total = sum(_fitting(resources, each) for resources in alive)
+    if not free:
+        return total
+    available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return min(total, _fitting(available, each))
+
+
+def _fitting(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
+    # A hair of tolerance: three workers of 0.1 fit into 0.3.
+    return min(int(resources.get(key, 0.0) / amount + 1e-9) for key, amount in each.items() if amount > 0)
+
+
+def draining_nodes() -> set[str]:
+    """Ids of nodes that are about to be taken away; empty where this Ray does not tell."""
+    from ray._private.state import state  # no public name for it outside a train worker
+
+    ask = getattr(state, "get_draining_nodes", None)
+    return set(ask()) if ask is not None else set()
 
 
 def _check_listening(address: str) -> None:

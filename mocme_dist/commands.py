@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from mocme_dist.cluster import leave_ray
 from mocme_dist.config import Config, load_config
 from mocme_dist.errors import MocmeError, error_block
 
@@ -46,6 +47,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except MocmeError as error:
+        leave_ray()
         if level == "DEBUG":
             traceback.print_exc()
         print(error_block(error), file=sys.stderr)

@@ -6,6 +6,7 @@ import json
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+from mocme_dist.cluster import leave_ray
 from mocme_dist.commands import command_parser, run_command
 from mocme_dist.config import load_config
 from mocme_dist.errors import ConfigError
@@ -41,6 +42,7 @@ def main() -> None:
     from mocme_dist.training.launch import is_follower, launch
 
     report = launch(config, "evaluate", split=args.split, step=args.step)
+    leave_ray()
     if not is_follower(config):
         print(json.dumps(report), flush=True)
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mocme_dist.cluster import leave_ray
 from mocme_dist.commands import command_parser, config_of, run_command
 from mocme_dist.config import Config
 from mocme_dist.config.load import parse_config
@@ -109,6 +110,7 @@ def main() -> None:
     report = train(config)
     from mocme_dist.training.launch import is_follower
 
+    leave_ray()
     if not is_follower(config):
         log.info("TensorBoard: tensorboard --logdir %s", Path(config.run.dir) / "tensorboard")
         print(json.dumps(report), flush=True)

@@ -1,17 +1,12 @@
-"""From raw files to metrics under a local Ray with two workers and ZeRO-1: as it goes well, stopped, and with a worker killed."""
+"""From raw files to metrics under a local Ray with two workers and ZeRO-1, undisturbed; test_faults_on_ray.py disturbs it."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,7 +31,7 @@ negatives: {count: 16, chunk_size: 16}
 train: {batch_size: 64, epochs: 30, eval_every: 15, checkpoint_every: 5, log_every: 9, learning_rate: 0.01}
 entities: {learning_rate: 0.05}
 deepspeed: {engine: deepspeed, stage: 1}
-launch: {workers: 2, max_failures: 1}
+launch: {workers: 2, max_failures: 0}
 """
 METRICS = ("mrr", "hits@1", "hits@3", "hits@10", "mr", "head", "tail", "num_queries")
 
@@ -44,7 +39,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class Command:
-    """A command in a process group of its own, whose descendants can be looked at."""
+    """A command in a process of its own."""
 
     def __init__(self, folder: Path, *arguments: object) -> None:
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | ENVIRONMENT
@@ -59,44 +54,9 @@ class Command:
         output, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, output.strip().splitlines()[-1] if output.strip() else ""
 
-    def workers(self) -> list[int]:
-        """Process ids of the train workers below this command."""
-        below = {self.process.pid}
-        while found := {pid for pid, parent in _parents() if parent in below} - below:
-            below |= found
-        return sorted(pid for pid in below if "RayTrainWorker" in _title(pid))
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                yield int(folder.name), int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
-
-
-def wait_for(condition: Any, command: Command, timeout_s: float = 300) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert command.process.poll() is None, command.errors.read_text()[-3000:]
-        assert time.monotonic() < deadline, command.errors.read_text()[-3000:]
-        time.sleep(0.05)
-
-
-def checkpoints(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
-
 
 def tensors(run_dir: Path) -> dict[str, bytes]:
-    newest = run_dir / "checkpoints" / checkpoints(run_dir)[-1]
+    newest = max((run_dir / "checkpoints").glob("step_*"))
     return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
 
 
@@ -137,41 +97,3 @@ def test_one_process_without_ray_gets_the_metrics_of_two_workers(first_run, tmp_
     assert "ray: " not in command.errors.read_text() and report["step"] == before["step"]
     for name in METRICS:
         assert report[name] == pytest.approx(before[name], abs=1e-9), name
-
-
-def test_a_stopped_run_and_a_killed_worker_end_in_the_bits_of_the_undisturbed_run(first_run, tmp_path):
-    run_dir = tmp_path / "run"
-    settings = ["--config", first_run.parent / "tiny.yaml", "--set", f"data.dataset={first_run / 'dataset'}", f"run.dir={run_dir}"]
-    stopped = Command(tmp_path, "mocme_dist.train", *settings)
-    try:
-        wait_for(lambda: checkpoints(run_dir), stopped)
-        stopped.process.send_signal(signal.SIGTERM)
-        code, last = stopped.end()
-    finally:
-        stopped.process.kill()
-    text = stopped.errors.read_text()
-    assert code == 75 and last == "", text[-3000:]
-    step = int(re.search(r"error: Preempted: stopped at step (\d+) of 270; checkpoint saved", text)[1])  # type: ignore[index]
-    assert checkpoints(run_dir)[-1] == f"step_{step:010d}" and step < 270
-    assert json.loads((run_dir / "run_status.json").read_text())["state"] == "preempted"
-
-    killed = Command(tmp_path, "mocme_dist.train", *settings)
-    try:
-        before = checkpoints(run_dir)[-1]
-        wait_for(lambda: checkpoints(run_dir)[-1] > before, killed)
-        workers = killed.workers()
-        assert len(workers) == 2, "both ranks are found"
-        os.kill(workers[1], signal.SIGKILL)
-        code, last = killed.end()
-    finally:
-        killed.process.kill()
-    text = killed.errors.read_text()
-    assert code == 0, text[-3000:]
-    resumed = [int(found) for found in re.findall(r"resuming from step (\d+) of 270", text)]
-    assert len(resumed) == 2 and resumed[0] == step < resumed[1] <= 270
-    assert tensors(run_dir) == tensors(first_run)
-    report, expected = json.loads(last), json.loads((first_run.parent / "report.json").read_text())
-    assert {name: report[name] for name in METRICS} == {name: expected[name] for name in METRICS}
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    trained = [line["step"] for line in lines if "train/loss" in line]
-    assert len(trained) == len(set(trained)) and trained == sorted(trained)

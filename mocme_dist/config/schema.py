@@ -6,9 +6,9 @@ Where a value is the paper's it says so; the others are ours.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MODALITIES = ("structure", "text", "image", "numeric", "audio", "video")
 Modality = Literal["structure", "text", "image", "numeric", "audio", "video"]
@@ -259,6 +259,7 @@ class TrainConfig(Section):
     eval_every: int = Field(10, ge=1, description="Epochs between two evaluations on valid.")
     eval_queries: int = Field(0, ge=0, description="Evaluate on a fixed sample of so many valid queries while training; 0 takes all.")
     checkpoint_every: int = Field(10, ge=1, description="Epochs between two checkpoints.")
+    checkpoint_steps: int = Field(0, ge=0, description="Steps between two checkpoints beside those; for long epochs. 0 never.")
     num_to_keep: int = Field(2, ge=2, description="Checkpoints kept besides the best one.")
     patience: int = Field(0, ge=0, description="Stop after so many evaluations without a better valid MRR; 0 never.")
     projector: int = Field(500, ge=0, le=4096, description="Entities that TensorBoard's projector shows when a run ends; 0 is none.")
@@ -300,17 +301,39 @@ class EvaluationConfig(Section):
     )
 
 
+def _check_workers(value: Any) -> Any:
+    numbers = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(numbers) != 2 or any(type(number) is not int for number in numbers) or not 1 <= numbers[0] <= numbers[1]:
+        raise ValueError("expected a number of at least 1, or [MIN, MAX] with 1 <= MIN <= MAX")
+    return value
+
+
 class LaunchConfig(Section):
     """Who runs the workers."""
 
     mode: Literal["ray", "local"] = Field(
         "ray", description="Ray Train, or this one process (or torchrun) where Ray is absent or in the way."
     )
-    workers: int = Field(2, ge=1, description="Ranks under Ray.")
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_check_workers)] = Field(
+        2, description="Ranks under Ray; [MIN, MAX] starts with what fits, goes on with fewer when nodes are lost and grows back."
+    )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs (and torch threads) of a rank.")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of a rank.")
     max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint before the run gives up.")
+    wait_s: float = Field(300, ge=0, description="On a cluster: seconds to wait until (MIN) workers fit, at the start and after a loss.")
+    resize_s: float = Field(60, ge=0, description="With [MIN, MAX]: seconds before a run looks for room to grow; growing saves first.")
+    grace_s: float = Field(300, gt=0, description="Under Ray, seconds from SIGTERM to the end of the run, whether it could save or not.")
     timeout_s: int = Field(600, ge=5, description="A collective that waits longer fails the rank.")
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest ranks."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most ranks."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class RunConfig(Section):

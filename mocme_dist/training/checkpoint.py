@@ -113,6 +113,7 @@ def _remove(path: Path) -> None:
 def sweep(directory: Path) -> None:
     """Clear what a killed run left half-written or half-deleted."""
     for leftover in directory.glob(f"{_TEMPORARY}*"):
+        log.warning("%s was left half-written or half-deleted by a run that was killed; removed", leftover)
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -2,7 +2,7 @@
 
 A worker function is the same either way. Under Ray its result and its end travel through the run directory: rank 0
 writes metrics.json and run_status.json, and a mistake of the user's is not retried, because trying again would not
-mend it; lost workers are.
+mend it; lost workers are (see `supervise`).
 """
 
 from __future__ import annotations
@@ -11,37 +11,35 @@ import ctypes
 import logging
 import math
 import os
-import signal
-import threading
-import time
+import sys
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from mocme_dist.cluster import connect_ray, count_workers, may_grow
 from mocme_dist.config import Config
 from mocme_dist.config.load import parse_config
-from mocme_dist.data.files import read_json
-from mocme_dist.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DivergedError,
-    MocmeError,
-    Preempted,
-    RankError,
-    StorageError,
-)
+from mocme_dist.data.files import write_json
+from mocme_dist.errors import ConfigError
+from mocme_dist.training.pulse import Pulse
 from mocme_dist.training.rundir import RunDirectory
+from mocme_dist.training.stopping import StopRequest
+from mocme_dist.training.supervise import FINAL, OUTCOME, Supervisor, resources_of
 
 log = logging.getLogger(__name__)
 
 # Parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_FINAL = (ConfigError, DataError, CheckpointError, DivergedError, StorageError, Preempted)
-_KINDS = {kind.__name__: kind for kind in (*_FINAL, RankError, MocmeError)}
+# Defaults for Ray Train, seconds. Health: a dead worker is noticed at once, a hung one within half a minute. Ray would
+# wait half a minute more for the survivors of a broken group to say goodbye.
+_RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
 
 
 def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
@@ -64,11 +62,12 @@ def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
 
             checkpoint.rewind(directory.checkpoints, config.run.resume)
         config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
-    with _graceful_stop(directory) if task == "train" else nullcontext():
+    stop = StopRequest(directory.stop_file)
+    with stop.listening() if task == "train" else nullcontext():
         if config.launch.mode == "local":
             _tune_process(config)
             return _run_task(config, task, arguments)
-        return _launch_ray(config, task, arguments)
+        return Supervisor(config, task, stop, lambda workers, folder: _fit(config, workers, folder, task, arguments)).run()
 
 
 def is_follower(config: Config) -> bool:
@@ -76,10 +75,12 @@ def is_follower(config: Config) -> bool:
     return config.launch.mode == "local" and "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
-def _run_task(config: Config, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    from mocme_dist.training.loop import run_evaluation, run_training
+def _run_task(config: Config, task: str, arguments: dict[str, Any], pulse: Pulse | None = None) -> dict[str, Any]:
+    from mocme_dist.training.loop import Hooks, run_evaluation, run_training
 
-    return run_training(config) if task == "train" else run_evaluation(config, **arguments)
+    if task == "evaluate":
+        return run_evaluation(config, **arguments)
+    return run_training(config, hooks=None if pulse is None else Hooks(pulse.beat, _tell_ray))
 
 
 def _tune_process(config: Config) -> None:
@@ -98,136 +99,101 @@ def _tune_process(config: Config) -> None:
         mallopt(parameter, value)
 
 
-@contextmanager
-def _graceful_stop(directory: RunDirectory) -> Iterator[None]:
-    """The first SIGTERM or SIGINT asks the run to save and stop, through a file that every rank sees; the second kills."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    asked = False
-
-    def handle(number: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:  # by this process: under torchrun another may have made the file
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        asked = True
-        log.warning("%s: saving a checkpoint after this step; once more ends at once", signal.Signals(number).name)
-        directory.stop_file.touch()
-
-    directory.stop_file.unlink(missing_ok=True)
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        directory.stop_file.unlink(missing_ok=True)
-
-
 def start_ray(config: Config) -> None:
     """Join or start a Ray that has room for extraction and for training, one after the other.
 
     Raises:
-        ConfigError: there is no Ray, or not enough of it.
+        ConfigError: there is no Ray, or not enough of one that cannot grow.
+        RankError: the cluster did not grow to what is needed within launch.wait_s.
     """
-    from mocme_dist.cluster import connect_ray
-
-    # Health is polled this often: a dead worker is noticed within a second, a hung one within half a minute.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "30")
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     training, extraction = config.launch, config.encoders
-    cpus = max(training.workers * training.cpus_per_worker, extraction.actors * extraction.cpus_per_actor)
+    cpus = max(training.max_workers * training.cpus_per_worker, extraction.actors * extraction.cpus_per_actor)
     connect_ray(min_cpus=math.ceil(cpus))
-    _check_resources(config)
+    have = count_workers(resources_of(config))
+    if have < training.min_workers and not may_grow():
+        needs = " and ".join(f"{amount:g} {key}" for key, amount in resources_of(config).items())
+        raise ConfigError(
+            f"launch: needs {training.min_workers} workers with {needs} each, this machine's Ray has room for {have}; lower "
+            "launch.workers, launch.cpus_per_worker or launch.gpus_per_worker"
+        )
 
 
-def _launch_ray(config: Config, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    launch_config, directory = config.launch, RunDirectory(config.run.dir)
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+def _fit(config: Config, workers: int, folder: Path, task: str, arguments: dict[str, Any]) -> None:
+    """One run of Ray Train, named after its folder."""
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # Ray's own record of the run is not ours: each launch gets a name of its own, so an older record cannot block it.
-    name = f"{task}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    outcome = directory.path / "ray" / f"{name}.json"
-    use_gpu = launch_config.gpus_per_worker > 0
-    resources = {"CPU": launch_config.cpus_per_worker} | ({"GPU": launch_config.gpus_per_worker} if use_gpu else {})
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "task": task, "arguments": arguments, "outcome": str(outcome)},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=launch_config.timeout_s),
-        scaling_config=ScalingConfig(num_workers=launch_config.workers, use_gpu=use_gpu, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=name, storage_path=str(directory.path / "ray"), failure_config=FailureConfig(max_failures=launch_config.max_failures)
-        ),
+    use_gpu = config.launch.gpus_per_worker > 0
+    payload = {
+        "config": config.model_dump(mode="json"),
+        "task": task,
+        "arguments": arguments,
+        "folder": str(folder),
+        # The stacks must be there before Ray gives the rank up.
+        "stall_s": 0.6 * float(os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"]),
+    }
+    run_config = RunConfig(
+        name=folder.name,
+        storage_path=str(folder.parent),
+        # Both 0: what to do about a failure is the supervisor's decision.
+        failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+        checkpoint_config=CheckpointConfig(num_to_keep=config.train.num_to_keep),
+        # It prints a page for each lost worker, where the supervisor has a line; its log files have it all the same.
+        logging_config=LoggingConfig(log_level="CRITICAL"),
     )
-    failure: Exception | None = None
-    try:
-        # Not on the main thread: there Ray would take SIGINT for itself and abort without a checkpoint.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(trainer.fit).result()
-    except Exception as error:
-        failure = error
-    # One rank may know why while the others only lost it: what it wrote says more than what Ray saw.
-    result = read_json(outcome) if outcome.exists() else {}
-    outcome.unlink(missing_ok=True)
-    if "error" in result:
-        raise _KINDS[result["kind"]](result["error"])
-    if failure is not None:
-        raise RankError(
-            f"the workers failed {launch_config.max_failures + 1} times: {_first_cause(failure)}; see {directory.path / 'ray'}"
-        ) from failure
-    if "report" not in result:
-        raise RankError(f"the workers ended without a report; see {directory.path / 'ray'}")
-    return dict(result["report"])
+    TorchTrainer(
+        _ray_worker,
+        train_loop_config=payload,
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=config.launch.timeout_s),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources_of(config)),
+        run_config=run_config,
+    ).fit()
 
 
-def _check_resources(config: Config) -> None:
-    """Refuse at once what the cluster can never give, instead of waiting for it."""
-    import ray
+def _tell_ray(path: Path, manifest: dict[str, Any]) -> None:
+    """Report a checkpoint to Ray Train by a pointer: a file with its path, no second copy of it."""
+    from ray.train import Checkpoint, get_context, report
+    from ray.train.v2.api.report_config import CheckpointUploadMode
 
-    have, wanted = ray.cluster_resources(), config.launch
-    for key, each in (("CPU", wanted.cpus_per_worker), ("GPU", wanted.gpus_per_worker)):
-        if wanted.workers * each > have.get(key, 0):
-            raise ConfigError(
-                f"launch: {wanted.workers} workers with {each:g} {key} each need {wanted.workers * each:g}, the cluster has "
-                f"{have.get(key, 0):g}; lower launch.workers or launch.{key.lower()}s_per_worker, or add nodes"
-            )
-
-
-def _first_cause(error: BaseException) -> str:
-    """The first line that tells most, of whatever Ray wraps around it."""
-    failures = getattr(error, "worker_failures", None) or {}
-    texts = [
-        f"rank {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
-        for rank, cause in failures.items()
-        if str(cause).strip()
-    ]
-    # A rank that only lost its peer says "connection closed"; the one that failed first says why.
-    first = [text for text in texts if "onnection" not in text] or texts
-    return first[0] if first else str(error).strip().splitlines()[-1]
+    pointer = None
+    if get_context().get_world_rank() == 0:
+        folder = Path(get_context().get_storage().experiment_fs_path) / path.name
+        write_json(folder / "pointer.json", {"checkpoint": str(path)})
+        pointer = Checkpoint.from_directory(str(folder))
+    metrics = {key: value for key, value in manifest.items() if key in ("epoch", "metric", "best_mrr")}
+    report({"checkpoint": str(path), **metrics}, checkpoint=pointer, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
 def _ray_worker(payload: dict[str, Any]) -> None:
     """Body of one rank under Ray Train."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # This module of Ray logs under the name of its file, where logging_config does not reach: two lines a checkpoint and rank.
+    if (module := sys.modules.get("ray.train.v2._internal.execution.context")) is not None:
+        logging.getLogger(module.__file__).setLevel(logging.WARNING)
     # DeepSpeed's collectives call names that torch is about to change; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    import ray
+
     config = parse_config(payload["config"])
     _tune_process(config)
-    rank = int(os.environ["RANK"])
-    _run_and_write(lambda: _run_task(config, payload["task"], payload["arguments"]), Path(payload["outcome"]), rank)
+    rank, world_size, node = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), ray.get_runtime_context().get_node_id()
+    pulse = Pulse(Path(payload["folder"]) / "ranks", rank, world_size, node, payload["stall_s"])
+    try:
+        _run_and_write(lambda: _run_task(config, payload["task"], payload["arguments"], pulse), Path(payload["folder"]) / OUTCOME, rank)
+    except BaseException as error:
+        pulse.failed(error)
+        raise
+    finally:
+        pulse.close()
 
 
 def _run_and_write(run: Callable[[], dict[str, Any]], outcome: Path, rank: int) -> None:
     """Run, and write what came of it; errors that no retry mends end here, the others reach Ray."""
-    from mocme_dist.data.files import write_json
-
     try:
         report = run()
-    except _FINAL as error:
+    except FINAL as error:
         # Every rank may write: they all know an error they agreed on, and one file is as good as another.
         write_json(outcome, {"error": str(error), "kind": type(error).__name__})
         return

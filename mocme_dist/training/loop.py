@@ -7,6 +7,8 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,19 +34,34 @@ log = logging.getLogger(__name__)
 Stop = Callable[[], bool]
 
 
-def run_training(config: Config, stop: Stop | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Hooks:
+    """What a launcher wants to know of a run, called on every rank.
+
+    Attributes:
+        beat: before each step, with its number.
+        saved: after each checkpoint, with its path and manifest fields; collective if it likes.
+    """
+
+    beat: Callable[[int], None] = lambda step: None
+    saved: Callable[[Path, dict[str, Any]], None] = lambda path, manifest: None
+
+
+def run_training(config: Config, stop: Stop | None = None, hooks: Hooks | None = None) -> dict[str, Any]:
     """Train and then evaluate the best checkpoint on test; the report, the same on every rank.
 
     Args:
         config: with absolute paths.
         stop: asked once a step; True saves a checkpoint and raises Preempted.
+        hooks: of the launcher.
 
     Raises:
         Preempted, DivergedError, CheckpointError, DataError, StorageError: see `errors`.
     """
     directory = RunDirectory(config.run.dir)
     with communication(config.launch.timeout_s) as comm:
-        run = Training(config, Worker(config, open_dataset(config), comm), directory, stop or directory.stop_file.exists)
+        worker = Worker(config, open_dataset(config), comm)
+        run = Training(config, worker, directory, stop or directory.stop_file.exists, hooks or Hooks())
         run.train()
         return run.finish()
 
@@ -82,8 +99,9 @@ def restore(worker: Worker, saved: checkpoint.Saved) -> None:
 class Training:
     """The state of a run beside the worker's: where it stands, the best so far, when to stop."""
 
-    def __init__(self, config: Config, worker: Worker, directory: RunDirectory, stop: Stop) -> None:
+    def __init__(self, config: Config, worker: Worker, directory: RunDirectory, stop: Stop, hooks: Hooks) -> None:
         self.config, self.worker, self.comm, self.directory, self.stop = config, worker, worker.comm, directory, stop
+        self.hooks = hooks
         self.saver = Saver(directory.checkpoints, config.train.num_to_keep, self.comm)
         self.steps_per_epoch = worker.maker.sampler.steps_per_epoch
         self.last_step = config.train.epochs * self.steps_per_epoch
@@ -104,7 +122,10 @@ class Training:
         self.best_mrr = saved.manifest["best_mrr"] if saved.manifest["best_mrr"] is not None else -math.inf
         self.bad_evaluations = saved.manifest["bad_evaluations"]
         if self.comm.rank == 0:
-            log.info("resuming from step %d of %d (%s)", saved.step, self.last_step, saved.path.name)
+            log.info(
+                "resuming from step %d of %d (%s) with %d rank(s), saved by %s",
+                *(saved.step, self.last_step, saved.path.name, self.comm.world_size, saved.manifest.get("world_size")),
+            )
         return saved.step
 
     def train(self) -> None:
@@ -115,6 +136,7 @@ class Training:
         with Prefetcher(self.worker.prepare, self.step, self.last_step) as batches, self.profiler.running():
             stream = iter(batches)
             while self.step < self.last_step and not (patience and self.bad_evaluations >= patience):
+                self.hooks.beat(self.step)
                 with self.worker.timer.phase("wait"):
                     prepared = next(stream)
                 self._seed_dropout()
@@ -158,7 +180,8 @@ class Training:
             metric = self._evaluate(epoch)
         improved = metric is not None and metric >= self.best_mrr
         given_up = bool(train.patience) and self.bad_evaluations >= train.patience
-        if stop or improved or at_end or given_up or (within == 0 and epoch % train.checkpoint_every == 0):
+        due = bool(train.checkpoint_steps) and self.step % train.checkpoint_steps == 0
+        if stop or improved or at_end or given_up or due or (within == 0 and epoch % train.checkpoint_every == 0):
             self._save(metric)
         if stop and not at_end:
             raise Preempted(f"stopped at step {self.step} of {self.last_step}; checkpoint saved; run the same command to go on")
@@ -184,6 +207,7 @@ class Training:
         with self.worker.timer.phase("checkpoint"):
             if self.saver.save(self.step, self.worker.table, self.worker.engine.state(), manifest):
                 self.saved_step = self.step
+                self.hooks.saved(self.directory.checkpoints / checkpoint.step_name(self.step), manifest)
         if self.comm.rank == 0:
             self.directory.status(
                 "running", step=self.step, last_step=self.last_step, last_checkpoint=checkpoint.step_name(self.saved_step), pid=os.getpid()

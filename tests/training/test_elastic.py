@@ -1,0 +1,111 @@
+"""Rows 6 and 7 of the fault matrix: a simulated cluster of three nodes loses one, gets one back, and loses one for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_harness import UNIFORM, Command, checkpoints, ranks, train_arguments
+from tiny_run import losses, tiny_config
+
+from mocme_dist.train import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+LAST = 270
+LENGTH = ("train.epochs=30", "train.checkpoint_steps=20", "train.eval_every=30", "train.checkpoint_every=30")
+SLOW = {"MOCME_TEST_SLOW_SYNC": "0.25"}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Three nodes of one CPU each on loopback; the driver lives on the first."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read when ray is imported
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="mocme-cluster-")  # not pytest's: paths of sockets may have 107 characters
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": False,
+        "object_store_memory": 80_000_000,
+        "temp_dir": folder,
+        "_system_config": {"health_check_period_ms": 1000, "health_check_timeout_ms": 3000, "health_check_failure_threshold": 3},
+    }
+    made = Cluster(initialize_head=True, connect=False, head_node_args=head)
+    try:
+        for _ in range(2):
+            made.add_node(num_cpus=1, object_store_memory=80_000_000)
+        yield made
+    finally:
+        made.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_rank(cluster: Any, run_dir: Path, rank: int) -> None:
+    """The node under a rank dies, without a word."""
+    node = ranks(run_dir)[rank]["node"]
+    (found,) = [each for each in cluster.worker_nodes if each.node_id == node]
+    cluster.remove_node(found, allow_graceful=False)
+
+
+def working(run_dir: Path, world_size: int) -> bool:
+    """Whether the newest attempt has so many ranks and all of them take steps."""
+    now = ranks(run_dir)
+    return len(now) == world_size and all(sign["step"] is not None and sign["world_size"] == world_size for sign in now)
+
+
+def not_head(cluster: Any, run_dir: Path) -> int:
+    return next(sign["rank"] for sign in ranks(run_dir) if sign["node"] != cluster.head_node.node_id)
+
+
+def test_a_run_shrinks_and_grows_with_its_cluster_and_its_curve_does_not_show_it(featured_dataset, cluster, tmp_path):
+    train(tiny_config(featured_dataset, tmp_path / "alone", *UNIFORM, *LENGTH))
+    alone = losses(tmp_path / "alone")
+    assert len(alone) == LAST
+
+    run_dir = tmp_path / "run"
+    where = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+    arguments = train_arguments(
+        featured_dataset, run_dir, *UNIFORM, *LENGTH, "launch.workers=[2,3]", "launch.resize_s=1", "launch.max_failures=2"
+    )
+    with Command(tmp_path, *arguments, **where, **SLOW) as command:
+        command.wait_for(lambda: working(run_dir, 3) and checkpoints(run_dir))
+        remove_rank(cluster, run_dir, not_head(cluster, run_dir))
+        command.wait_for(lambda: working(run_dir, 2))
+        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+        command.wait_for(lambda: working(run_dir, 3))
+        code, last = command.end()
+    text = command.text
+    assert code == 0, text[-4000:]
+    assert json.loads(last)["step"] == LAST
+    assert losses(run_dir) == pytest.approx(alone, rel=1e-4)
+    resumed = re.findall(r"resuming from step (\d+) of 270 \(step_\d+\) with (\d) rank\(s\), saved by (\d)", text)
+    assert [(int(now), int(then)) for _, now, then in resumed] == [(2, 3), (3, 2)]
+    # Growing saves first: no step is made twice.
+    assert re.search(r"the cluster has room for 3 workers, 2 are running: saving, to go on with all", text)
+    assert re.search(r"rank \d \(pid \d+ on \S+\) was lost at step \d+ .*; restart 1 of 2 from \S+/step_\d+", text)
+    assert "Traceback" not in text
+
+    # Row 7: nothing comes back.
+    fixed = tmp_path / "fixed"
+    arguments = train_arguments(featured_dataset, fixed, *UNIFORM, *LENGTH, "launch.workers=3", "launch.wait_s=4")
+    with Command(tmp_path, *arguments, **where, **SLOW) as command:
+        command.wait_for(lambda: working(fixed, 3) and checkpoints(fixed))
+        remove_rank(cluster, fixed, not_head(cluster, fixed))
+        code, last = command.end()
+    final = command.text.strip().splitlines()[-1]
+    assert code == 70 and not last.startswith("{"), command.text[-4000:]
+    newest = fixed / "checkpoints" / f"step_{checkpoints(fixed)[-1]:010d}"
+    assert re.search(
+        rf"error: RankError: needs 3 workers, cluster has 2( free, .*)?; waited 4 s .*; last checkpoint: {newest}; run the same", final
+    )
+    # The checkpoint is good for whatever comes next: here a process without Ray.
+    train(tiny_config(featured_dataset, fixed, *UNIFORM, *LENGTH, "deepspeed.engine=deepspeed"))
+    assert losses(fixed) == pytest.approx(alone, rel=1e-4)
