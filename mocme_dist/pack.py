@@ -16,7 +16,9 @@ DESCRIPTION = """\
 Packs a raw folder into a data set: shards of raw texts, numbers, pictures, sounds and films, and the graph with its
 names, triples and known answers. RAW_DIR holds train.txt, valid.txt and test.txt (head, relation, tail with tabs between)
 and what exists of text.tsv (entity and text columns), numeric.tsv (entity, attribute, value), images.tsv, audio.tsv,
-video.tsv (entity, file) and entity2id.txt; each may end in .gz. The same folder and settings give the same bytes."""
+video.tsv (entity, file) and entity2id.txt; each may end in .gz. Vectors computed elsewhere lie in
+features/MODALITY.npy, .safetensors or .pt, the names of their rows in features/MODALITY.ids, and are not computed again.
+The same folder and settings give the same bytes."""
 
 LEAKS = {
     "test_in_train": "test triples that occur in train",
@@ -65,6 +67,12 @@ def report_lines(dataset: Dataset) -> Iterator[str]:
     yield from (
         f"  {modality}: {count:,} rows of entities outside the graph ignored" for modality, count in report["ignored_rows"].items() if count
     )
+    for modality, found in report.get("vectors", {}).items():
+        instead = f", instead of {found['instead_of']}" if found["instead_of"] else ""
+        yield (
+            f"  {modality}: {found['rows']:,} vectors of {found['file']} named by {found['named_by']}{instead}; "
+            f"{found['outside_graph']:,} outside the graph ignored, {found['all_zero']:,} all zero left out"
+        )
     yield "between splits:"
     yield from (f"  {_share(found['triples'], found['of'])} {LEAKS[name]}" for name, found in report["leakage"].items())
     unseen = report["unseen"]
@@ -81,6 +89,8 @@ def _share(count: int, total: int) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"of {value['file']}, {value['width']:,} wide"
     return ", ".join(value) if isinstance(value, list) else f"{value:,}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 from mocme_dist.data.layouts import MediaFolder, RawFile, Table, decode, find_file
 from mocme_dist.data.progress import Progress
 from mocme_dist.data.shards import SUFFIXES, Sample, ShardEntry, shard_name, write_shard
+from mocme_dist.data.vectors import Vectors
 from mocme_dist.errors import DataError
 from mocme_dist.partition import ShardPartition
 
@@ -82,13 +83,14 @@ class Collected:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def collect(raw: Path, ids: Mapping[bytes, int], spill: Spill) -> Collected:
+def collect(raw: Path, ids: Mapping[bytes, int], spill: Spill, aside: Collection[str] = ()) -> Collected:
     """Send the rows of every table that exists to `spill`; rows of entities outside the graph are counted.
 
     Args:
         raw: raw folder.
         ids: id of every entity of the graph.
         spill: takes the rows.
+        aside: modalities whose tables are left alone.
 
     Raises:
         DataError: a row is malformed, a number is none, a file is missing or not of a known kind.
@@ -97,7 +99,7 @@ def collect(raw: Path, ids: Mapping[bytes, int], spill: Spill) -> Collected:
     media = MediaFolder(raw)
     for modality, (name, expected) in TABLES.items():
         file = find_file(raw, name)
-        if file is None:
+        if file is None or modality in aside:
             continue
         table = Table(file, expected)
         found.columns[modality] = table.columns[1:]
@@ -158,18 +160,28 @@ class ShardBuilder:
         present: (E,) bool per modality, who has it.
         attributes: names of numbers that occur.
         files: how many pictures, sounds and films were packed, by modality.
+        zero_rows: vectors of zeros, by modality; they stand for no vector.
         counts: replaced text cells, merged text rows, averaged numbers and repeated files.
     """
 
-    def __init__(self, raw: Path, partition: ShardPartition, spill: Spill, text_columns: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        raw: Path,
+        partition: ShardPartition,
+        spill: Spill,
+        text_columns: tuple[str, ...],
+        vectors: Mapping[str, Vectors] | None = None,
+    ) -> None:
         self._raw = raw
         self._partition = partition
         self._spill = spill
         self._text_columns = text_columns
+        self._vectors = vectors or {}
         self.entries: list[ShardEntry] = []
         self.present = {modality: np.zeros(partition.num_rows, dtype=bool) for modality in TABLES}
         self.attributes: set[str] = set()
         self.files: Counter[str] = Counter()
+        self.zero_rows: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
 
     def write(self, directory: Path) -> None:
@@ -188,18 +200,33 @@ class ShardBuilder:
         """Samples of a shard in order of id; files are read one entity at a time."""
         texts, numbers = self._texts(shard), self._numbers(shard)
         files = {modality: self._files(modality, shard) for modality in SUFFIXES}
-        for entity in sorted({*texts, *numbers}.union(*files.values())):
+        first, last = self._partition.bounds(shard)
+        vectors = {modality: set(several.entities(first, last)) for modality, several in self._vectors.items()}
+        for entity in sorted({*texts, *numbers}.union(*files.values(), *vectors.values())):
             members: dict[str, bytes] = {}
             for modality, values in (("text", texts), ("numeric", numbers)):
                 if entity in values:
                     members[f"{modality}.json"] = json.dumps(values[entity], ensure_ascii=False, allow_nan=False).encode("utf-8")
-                    self.present[modality][entity] = True
+                    self.present[modality][entity] = modality not in vectors
+            for modality in vectors:
+                if entity in vectors[modality]:
+                    members.update(self._vector(modality, entity))
             for modality, names in files.items():
                 for number, name in enumerate(names.get(entity, ())):
                     members[f"{modality}.{number}.{_suffix(name)}"] = self._read(name)
                     self.present[modality][entity] = True
                     self.files[modality] += 1
-            yield Sample(entity, members)
+            if members:
+                yield Sample(entity, members)
+
+    def _vector(self, modality: str, entity: int) -> dict[str, bytes]:
+        """The member that holds an entity's vector, none when it is one of zeros."""
+        vector = self._vectors[modality].read(entity)
+        if vector is None:
+            self.zero_rows[modality] += 1
+            return {}
+        self.present[modality][entity] = True
+        return {f"{modality}.f32": vector.tobytes()}
 
     def _read(self, name: str) -> bytes:
         path = self._raw / name

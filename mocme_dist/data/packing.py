@@ -24,6 +24,7 @@ from mocme_dist.data.modalities import TABLES, Collected, ShardBuilder, Spill, c
 from mocme_dist.data.shards import SUFFIXES
 from mocme_dist.data.target import is_packed, source_hash, workplace
 from mocme_dist.data.triples import Integers, KeySpace, Seen, cut_development_set, distinct, leakage, read_triples
+from mocme_dist.data.vectors import Vectors, open_vectors
 from mocme_dist.data.vocabulary import Names, entity_order, read_entity_file, relation_order
 from mocme_dist.errors import DataError, StorageError
 from mocme_dist.partition import ShardPartition
@@ -91,8 +92,10 @@ def _pack(raw: Path, out: Path, work: Path, data: DataConfig, source: dict[str, 
     for name, identity in zip(names, entity_ids.tolist(), strict=True):
         names[name] = identity
     partition = ShardPartition(len(entity_names), data.shard_rows)
-    builder, collected = _pack_modalities(raw, out / "shards", work / "spill", names, partition)
-    modalities = _modalities(builder, collected)
+    vectors = {modality: found for modality in TABLES if (found := open_vectors(raw, modality, names)) is not None}
+    builder, collected = _pack_modalities(raw, out / "shards", work / "spill", names, partition, vectors)
+    modalities = _modalities(builder, collected, vectors)
+    report["vectors"] = _vector_report(raw, builder, vectors)
     _report_modalities(report, builder, collected, data)
     manifest = {
         "format": FORMAT,
@@ -182,26 +185,44 @@ def _divide(
 
 
 def _pack_modalities(
-    raw: Path, directory: Path, work: Path, ids: Mapping[bytes, int], partition: ShardPartition
+    raw: Path, directory: Path, work: Path, ids: Mapping[bytes, int], partition: ShardPartition, vectors: Mapping[str, Vectors]
 ) -> tuple[ShardBuilder, Collected]:
     spill = Spill(work, partition.shard_rows)
-    collected = collect(raw, ids, spill)
-    builder = ShardBuilder(raw, partition, spill, collected.columns.get("text", ()))
+    # texts and numbers stay beside their vectors: they are small, and people want to read them
+    collected = collect(raw, ids, spill, aside=[modality for modality in vectors if modality in SUFFIXES])
+    builder = ShardBuilder(raw, partition, spill, collected.columns.get("text", ()), vectors)
     builder.write(directory)
     return builder, collected
 
 
-def _modalities(builder: ShardBuilder, collected: Collected) -> dict[str, Any]:
+def _vector_report(raw: Path, builder: ShardBuilder, vectors: Mapping[str, Vectors]) -> dict[str, Any]:
+    """What came of each file of vectors, and which table it stands in for."""
+    report = {}
+    for modality, several in vectors.items():
+        table = find_file(raw, TABLES[modality][0])
+        if table is not None:
+            log.info("%s: imported, not computed; %s plays no part in the features", several.label, table.label)
+        if several.counts["outside_graph"]:
+            log.warning("%s: %d rows of entities that are not in the graph were ignored", several.label, several.counts["outside_graph"])
+        counts = {**several.counts, "all_zero": builder.zero_rows[modality], "instead_of": table.label if table is not None else None}
+        report[modality] = {**several.facts, **counts}
+    return report
+
+
+def _modalities(builder: ShardBuilder, collected: Collected, vectors: Mapping[str, Vectors]) -> dict[str, Any]:
     """The manifest's record of the modalities that at least one entity has."""
     extra: dict[str, dict[str, Any]] = {
         "text": {"columns": list(collected.columns.get("text", ()))},
         "numeric": {"attributes": len(builder.attributes)},
         **{modality: {"files": builder.files[modality]} for modality in SUFFIXES},
     }
+    extra = {modality: {"vectors": vectors[modality].facts} if modality in vectors else extra[modality] for modality in extra}
     found = {}
     for modality, present in builder.present.items():
         if present.any():
             found[modality] = {"entities": int(present.sum()), **extra[modality]}
+        elif modality in vectors:
+            log.warning("%s: no entity of the graph has a vector; the modality is left out", vectors[modality].label)
         elif modality in collected.columns:
             log.warning("%s: no entity of the graph has this modality; it is left out", TABLES[modality][0])
     return found

@@ -24,6 +24,7 @@ BLOCK = 512
 _ADVICE = "restore it or pack it again, or leave its entities out with --on-bad-shard=skip"
 _PIECE = 1 << 20  # what is passed over is read in pieces of so many bytes
 # Modalities whose members are one JSON object, and those that are numbered files with the suffixes of their formats.
+# Any of them may come as a vector computed elsewhere: MODALITY.f32, float32 numbers, little-endian.
 JSON_MODALITIES = ("text", "numeric")
 SUFFIXES = {
     "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp"),
@@ -32,7 +33,11 @@ SUFFIXES = {
 }
 _MEMBER = re.compile(
     r"(\d{12})\.("
-    + "|".join([rf"{name}\.json" for name in JSON_MODALITIES] + [rf"{name}\.\d+\.(?:{'|'.join(ends)})" for name, ends in SUFFIXES.items()])
+    + "|".join(
+        [rf"{name}\.json" for name in JSON_MODALITIES]
+        + [rf"{name}\.f32" for name in (*JSON_MODALITIES, *SUFFIXES)]
+        + [rf"{name}\.\d+\.(?:{'|'.join(ends)})" for name, ends in SUFFIXES.items()]
+    )
     + r")",
     re.ASCII,
 )
@@ -40,7 +45,7 @@ _MEMBER = re.compile(
 
 @dataclass
 class Sample:
-    """Raw bytes of one entity; `members` maps "text.json", "numeric.json", "image.0.png" ... to content, `oversized` to bytes."""
+    """Raw bytes of one entity: `members` by name as "text.json", "image.0.png", "audio.f32"; `oversized` names to their bytes."""
 
     id: int
     members: dict[str, bytes] = field(default_factory=dict)
@@ -48,7 +53,7 @@ class Sample:
 
     def files(self, modality: str) -> list[bytes]:
         """Contents of the numbered members of `modality`, in the order of their numbers."""
-        return [content for name, content in self.members.items() if name.startswith(modality + ".") and not name.endswith(".json")]
+        return [content for name, content in self.members.items() if name.startswith(modality + ".") and name.count(".") == 2]
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,12 @@ def _damage(path: Path, entry: ShardEntry, walk: _Walk, reason: ShardError) -> s
 
 def _ordered(sample: Sample) -> Sample:
     """Members by kind and number: a tar sorted by name has image.10 before image.2."""
-    sample.members = dict(sorted(sample.members.items(), key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")[:2]]))
+
+    def place(item: tuple[str, bytes]) -> tuple[str, int, str]:
+        modality, number, *_ = item[0].split(".")
+        return modality, int(number) if number.isdigit() else -1, number
+
+    sample.members = dict(sorted(sample.members.items(), key=place))
     return sample
 
 
@@ -301,4 +311,4 @@ def _checked_header(header: bytes, where: str) -> tuple[int, str, int]:
 
 def _expected() -> str:
     numbered = [f"{name}.N.{{{','.join(ends)}}}" for name, ends in SUFFIXES.items()]
-    return "expected a 12-digit key and one of " + ", ".join([f"{name}.json" for name in JSON_MODALITIES] + numbered)
+    return "expected a 12-digit key and one of " + ", ".join([f"{name}.json" for name in JSON_MODALITIES] + numbered + ["MODALITY.f32"])

@@ -15,6 +15,7 @@ from mocme_dist.data.files import read_json, sha256_file
 from mocme_dist.data.layouts import MediaFolder, Table, find_file
 from mocme_dist.data.modalities import TABLES
 from mocme_dist.data.shards import SUFFIXES
+from mocme_dist.data.vectors import FOLDER, find_vectors
 from mocme_dist.errors import ConfigError, LockedError
 
 # Its presence says that a packing began here and has not ended: what lies beside it is ours to remove.
@@ -29,6 +30,10 @@ def source_hash(raw: Path) -> str:
         file = find_file(raw, name)
         if file is not None:
             digest.update(f"{file.label}\t{sha256_file(file.path)}\n".encode())
+    for modality in TABLES:
+        vectors, ids = find_vectors(raw, modality), find_file(raw / FOLDER, f"{modality}.ids")
+        for path in [path for path in (vectors, ids.path if vectors and ids else None) if path is not None]:
+            digest.update(f"{FOLDER}/{path.name}\t{sha256_file(path)}\n".encode())
     media = MediaFolder(raw)
     for modality in SUFFIXES:
         table = find_file(raw, TABLES[modality][0])

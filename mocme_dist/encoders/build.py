@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mocme_dist.encoders.encoder import Encoder
 from mocme_dist.encoders.image import ImageEncoder, image_settings
 from mocme_dist.encoders.numeric import NumericEncoder, NumericStatistics, numeric_settings
 from mocme_dist.encoders.text import TextEncoder, text_settings
+from mocme_dist.encoders.vectors import VectorEncoder, vector_settings
 from mocme_dist.encoders.video import VideoEncoder, video_settings
 from mocme_dist.errors import ConfigError
 
@@ -21,13 +22,28 @@ ENCODED = ("text", "image", "numeric", "audio", "video")  # in this order; struc
 
 
 def build_encoder(
-    modality: str, encoders: EncodersConfig, text_columns: Sequence[str], statistics: NumericStatistics | None, device: str | None = None
+    modality: str,
+    encoders: EncodersConfig,
+    text_columns: Sequence[str],
+    statistics: NumericStatistics | None,
+    device: str | None = None,
+    vectors: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """The encoder of a modality; on a GPU when the configuration gives actors one.
+
+    Args:
+        modality: one of `ENCODED`.
+        encoders: the configuration.
+        text_columns: columns that make an entity's text.
+        statistics: of the numbers; for "numeric" only.
+        device: where it runs; None reads it from the configuration.
+        vectors: what the data set's manifest says of vectors computed elsewhere, which take the encoder's place.
 
     Raises:
         ConfigError: its model, weights or package cannot be had.
     """
+    if vectors is not None:
+        return VectorEncoder(modality, vectors)
     if device is None:
         device = "cuda" if encoders.gpus_per_actor > 0 else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
@@ -45,9 +61,15 @@ def build_encoder(
 
 
 def encoder_settings(
-    modality: str, encoders: EncodersConfig, text_columns: Sequence[str], statistics: NumericStatistics | None
+    modality: str,
+    encoders: EncodersConfig,
+    text_columns: Sequence[str],
+    statistics: NumericStatistics | None,
+    vectors: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What pins the features of a modality: equal to the `settings` of its encoder, and cheaper to have."""
+    if vectors is not None:
+        return vector_settings(vectors)
     if modality == "text":
         return text_settings(encoders.text, text_columns)
     if modality == "image":

@@ -69,8 +69,10 @@ def extract_features(
     # actors start in another folder; they check the shards they read
     dataset = Dataset.open(Path(dataset.directory).absolute(), check_shards=encoders.on_bad_shard == "error")
     encoders = with_absolute_paths(encoders)
-    statistics = _numeric_statistics(dataset, encoders, text_columns, use_ray) if "numeric" in wanted else None
-    settings = {modality: encoder_settings(modality, encoders, text_columns, statistics) for modality in wanted}
+    vectors = {modality: dataset.modalities[modality].get("vectors") for modality in wanted}
+    counted = "numeric" in wanted and vectors["numeric"] is None
+    statistics = _numeric_statistics(dataset, encoders, text_columns, use_ray) if counted else None
+    settings = {name: encoder_settings(name, encoders, text_columns, statistics, vectors[name]) for name in wanted}
     hashes = {modality: encoder_hash(modality, settings[modality], encoders) for modality in wanted}
     pending = {modality: _pending(dataset, modality, hashes[modality]) for modality in wanted}
     tasks = [{"kind": modality, "shard": shard} for modality in wanted for shard in pending[modality]]
@@ -132,7 +134,7 @@ class Workshop:
         pinned = self.hashes[modality]
         if part_is_complete(dataset.directory / "features" / modality, shard, dataset.entries[shard].sha256, pinned):
             return {**NOTHING, "already": True}  # by another run, or by this task before its actor was lost
-        encoder = self._encoder_of(modality)
+        encoder = self._encoder_of(dataset, modality)
         try:
             return extract_shard(encoder, dataset, shard, self.encoders, pinned, on_rows)
         except ShardError as error:
@@ -141,10 +143,11 @@ class Workshop:
             log.warning("%s: left out: %s", modality, error)
             return leave_out(encoder, dataset, shard, self.encoders, pinned, str(error))
 
-    def _encoder_of(self, modality: str) -> Encoder:
+    def _encoder_of(self, dataset: Dataset, modality: str) -> Encoder:
         if self.encoder is None or self.encoder.modality != modality:
             self.encoder = None  # free the old one first: two do not need to fit
-            encoder = build_encoder(modality, self.encoders, self.text_columns, self.statistics)
+            vectors = dataset.modalities[modality].get("vectors")
+            encoder = build_encoder(modality, self.encoders, self.text_columns, self.statistics, vectors=vectors)
             found = encoder_hash(modality, encoder.settings, self.encoders)
             if found != self.hashes[modality]:
                 raise DataError(
