@@ -1,0 +1,76 @@
+"""`python -m mocme_dist.export RUN_DIR BUNDLE_DIR`: a trained run as a bundle that answers questions, or for other tools."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from mocme_dist.commands import command_parser, run_command
+
+DESCRIPTION = """\
+Write the best checkpoint of a run (by valid MRR) as a bundle: fused vectors, relations, names, known facts, what it
+takes to encode new entities, and probabilities fitted on valid. Ask it with python -m mocme_dist.query. Streams: memory
+is a part of some 64 MiB and the dense model. A killed export goes on where it stopped when started again.
+
+  python -m mocme_dist.export runs/demo bundles/demo
+  python -m mocme_dist.export runs/demo exports/demo-npz --format npz
+
+formats for other tools: npz (entities, phases, gamma, names: enough to recompute every rank), parquet, word2vec.
+The last line printed is one JSON object."""
+
+
+def _step(text: str) -> str:
+    if text != "auto" and not text.isdecimal():
+        raise ArgumentTypeError(f"expected a step number, got {text!r}")
+    return text
+
+
+def main() -> None:
+    """Parse, export, print what was written."""
+    parser = command_parser("export", DESCRIPTION)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run.dir of a training run")
+    parser.add_argument("bundle_dir", metavar="BUNDLE_DIR", help="folder to write; an earlier export of the same format is replaced")
+    parser.add_argument("--format", choices=("bundle", "npz", "parquet", "word2vec"), default="bundle")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of a bundle's vectors; float16 halves size and time"
+    )
+    parser.add_argument("--step", type=_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
+    args = parser.parse_args()
+    run_dir, target = Path(args.run_dir).absolute(), Path(args.bundle_dir).absolute()
+
+    from mocme_dist.config import load_config
+    from mocme_dist.errors import CheckpointError, ConfigError
+    from mocme_dist.serving.layout import check_target
+    from mocme_dist.train import resolve_paths
+
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{run_dir}: not a run directory: no config.yaml in it; give the run.dir of a training run")
+    config = resolve_paths(load_config([saved, *args.config], [*args.overrides, f"run.dir={json.dumps(str(run_dir))}"]))
+    check_target(target, args.format)
+    # torch takes seconds to import: not before the folders are known to be what they should
+    from mocme_dist.serving.export import export_bundle
+    from mocme_dist.serving.foreign import export_foreign
+    from mocme_dist.serving.rows import RunRows
+    from mocme_dist.training import checkpoint
+    from mocme_dist.training.rundir import RunDirectory
+    from mocme_dist.training.worker import open_dataset
+
+    found = checkpoint.find(RunDirectory(run_dir).checkpoints, args.step, best=True)
+    if found is None:
+        raise CheckpointError(f"{run_dir}: no checkpoint; train first")
+    rows = RunRows(config, open_dataset(config), found)
+    if args.format == "bundle":
+        manifest = export_bundle(rows, target, args.dtype)
+    else:
+        manifest = export_foreign(rows, target, args.format)
+    shown = {key: manifest[key] for key in ("kind", "num_entities", "num_relations", "width", "trained")}
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    calibration = manifest.get("calibration")
+    extra = {"held_out_error": calibration.get("held_out_error")} if calibration else {}
+    print(json.dumps({"bundle": str(target), **shown, "bytes": size, **extra}), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""From a trained run to answers: export to a bundle, and queries over the bundle."""

@@ -1,0 +1,70 @@
+"""The streaming kernel finds what a full sort finds, in both types, over any cut into parts, and never a NaN."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from mocme_dist.serving import kernel
+
+COMPILED = [False, True]
+
+
+def brute(rows: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances by complex arithmetic in double precision, sorted whole."""
+    C = rows.shape[1] // 2
+    z = rows[:, :C].astype(np.complex128) + 1j * rows[:, C:]
+    q = query[:, :C].astype(np.complex128) + 1j * query[:, C:]
+    distance = np.abs(z[None] - q[:, None]).sum(-1)
+    order = np.lexsort((np.broadcast_to(np.arange(len(rows)), distance.shape), distance), axis=1)[:, :k]
+    return np.take_along_axis(distance, order, 1), order
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("num_rows, width, k, cuts", [(1, 2, 3, ()), (50, 6, 50, (7, 7, 20)), (40_000, 32, 10, (100,)), (300, 70, 4, ())])
+def test_the_nearest_rows_are_those_of_a_full_sort(dtype, num_rows, width, k, cuts, compiled):
+    gen = np.random.default_rng(1)
+    rows = gen.normal(size=(num_rows, width)).astype(dtype)
+    query = gen.normal(size=(3, width)).astype(np.float32)
+    found = kernel.nearest(np.split(rows, list(cuts)), query, k, compiled)
+    distance, ids = brute(rows.astype(np.float32), query, k)
+    assert np.array_equal(found.id_Qk, ids)
+    np.testing.assert_allclose(found.distance_Qk, distance, rtol=2e-6)
+    np.testing.assert_allclose(
+        kernel.distances(rows[ids[0]], query[:1], compiled)[0], found.distance_Qk[0], rtol=0, atol=0 if compiled else 1e-5
+    )
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_equal_rows_come_by_id_and_rows_that_are_not_finite_never_come(compiled):
+    rows = np.ones((20, 4), np.float32)
+    rows[[0, 5]] = np.nan
+    rows[7] = 0
+    found = kernel.nearest([rows[:6], rows[6:]], np.zeros((1, 4), np.float32), 20, compiled)
+    assert found.id_Qk[0].tolist() == [7, 1, 2, 3, 4, 6, *range(8, 20), -1, -1]
+    assert np.isinf(found.distance_Qk[0, -2:]).all()
+
+
+def test_no_rows_and_no_queries_give_empty_lists():
+    assert kernel.nearest([], np.zeros((2, 4), np.float32), 5).id_Qk.shape == (2, 0)
+    assert kernel.nearest([np.zeros((3, 4), np.float32)], np.zeros((0, 4), np.float32), 2).id_Qk.shape == (0, 2)
+
+
+def test_without_a_compiler_numpy_answers(monkeypatch, caplog):
+    kernel._library.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    try:
+        assert kernel._library() is None
+        assert kernel.nearest([np.eye(4, dtype=np.float32)], np.zeros((1, 4), np.float32), 1).id_Qk.tolist() == [[0]]
+    finally:
+        kernel._library.cache_clear()
+
+
+def test_a_cache_that_others_may_write_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kernel._cache_folder() == tmp_path / ".cache" / "mocme_dist"
+    (tmp_path / ".cache" / "mocme_dist").chmod(0o777)
+    assert kernel._cache_folder() != tmp_path / ".cache" / "mocme_dist"
