@@ -31,14 +31,16 @@ def features(score: NDArray[Any], rank: NDArray[Any], direction: NDArray[Any]) -
 def fit(x_n4: Floats, right_n: NDArray[np.bool_]) -> Floats:
     """(4,) weights of the logistic regression, by Newton's method.
 
-    A better score never lowers the probability: where the fit would have it so, the score is left out.
+    A better score or place never lowers the probability: what the fit would turn round is left out.
     """
-    weights = _newton(x_n4, right_n.astype(np.float64))
-    if weights[1] < 0:
-        kept = [0, 2, 3]
+    kept, right = [0, 1, 2, 3], right_n.astype(np.float64)
+    while True:
         weights = np.zeros(4)
-        weights[kept] = _newton(x_n4[:, kept], right_n.astype(np.float64))
-    return weights
+        weights[kept] = _newton(x_n4[:, kept], right)
+        turned = [column for column, sign in ((1, 1), (2, -1)) if weights[column] * sign < 0]
+        if not turned:
+            return weights
+        kept.remove(turned[0])
 
 
 def _newton(x: Floats, y: Floats) -> Floats:
