@@ -251,6 +251,12 @@ class TrainConfig(Section):
     epochs: int = Field(1000, ge=1, description="Passes over all queries: each triple is two queries (paper: 1000).")
     batch_size: int = Field(1024, ge=1, description="Queries per step, over all ranks (paper: 1024).")
     learning_rate: float = Field(1e-3, gt=0, description="Of the dense parameters.")
+    structure_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of a step's entities whose structure is hidden if they have another modality: new entities have none.",
+    )
     gradient_clipping: float = Field(
         0.0, ge=0, description="Largest global gradient norm, of the dense part and the rows together; 0 is off."
     )

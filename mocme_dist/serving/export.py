@@ -26,6 +26,7 @@ from mocme_dist.partition import ShardPartition
 from mocme_dist.serving.bundle import Bundle
 from mocme_dist.serving.calibration import CANDIDATES, calibrate
 from mocme_dist.serving.layout import FORMAT, MANIFEST, file_entries, part_name, staging
+from mocme_dist.serving.newcomer_map import fit_map
 from mocme_dist.serving.rows import RunRows, model_state, source_of
 from mocme_dist.serving.scorer import Asked, best_answers, not_competing
 
@@ -70,6 +71,9 @@ def export_bundle(rows: RunRows, target: Path, dtype: str = "float32", part_byte
         bundle = Bundle(folder, manifest)
         manifest["modality_weights"] = _mean_weights(bundle)
         manifest["calibration"] = _calibration(bundle, rows)
+        matrix, manifest["newcomers"] = fit_map(rows, bundle)
+        if matrix is not None:
+            write_tensors(folder / "newcomers.safetensors", {"matrix": matrix}, {})
         manifest["files"] = file_entries(folder)
         write_json(folder / MANIFEST, manifest)
     return manifest

@@ -6,6 +6,7 @@
                                    direction of what each modality alone says, there with two modalities or more
     relations.safetensors          phases (R, D / 2) in radians
     dense.safetensors              projections, experts, fusion: what encodes an entity that was never seen
+    newcomers.safetensors          matrix ((M - 1) (D + 1) + 1, D): where such an entity belongs, if newcomer_map found it to help
     entities.parquet, relations.parquet             id, name
     known_all_{keys,offsets,targets}.npy            every fact of the graph, by query (data/known.py)
 

@@ -1,6 +1,7 @@
 """Names to ids and back over a Parquet column, and what a misspelt name may have meant.
 
-All is done on the column as it lies in memory: five million names are never Python objects at once.
+All is done on the column as it lies in memory: five million names are never Python objects at once. Numbers pass between
+numpy and pyarrow as buffers: pyarrow.array and to_numpy import pandas, which takes longer than all the rest of a start.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Names:
         import pyarrow.parquet
 
         try:
-            column = pyarrow.parquet.read_table(self.path, columns=["name"])["name"].cast(pyarrow.large_string())
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                column = file.read(columns=["name"])["name"].cast(pyarrow.large_string())
         except (OSError, KeyError, pyarrow.ArrowException) as error:
             raise DataError(f"{self.path.absolute()}: cannot be read ({error}); export the bundle again") from None
         if len(column) != self.count:
@@ -59,17 +61,19 @@ class Names:
 
     def take(self, ids: NDArray[np.int64]) -> list[str]:
         """The names of some ids."""
-        import pyarrow
-
-        return list(self.column.take(pyarrow.array(np.asarray(ids, np.int64))).to_pylist())
+        return list(self.column.take(_as_arrow(ids)).to_pylist())
 
     def find(self, names: Sequence[str]) -> dict[str, int]:
         """Ids of those of `names` that are there, in one pass."""
         import pyarrow
         import pyarrow.compute
 
-        wanted = pyarrow.array(sorted(set(names)), pyarrow.large_string())
-        at = np.flatnonzero(np.asarray(pyarrow.compute.is_in(self.column, value_set=wanted)))
+        wanted = [name.encode("utf8", "replace") for name in dict.fromkeys(names)]
+        offsets = np.cumsum([0, *map(len, wanted)], dtype=np.int64)
+        buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"".join(wanted))]
+        value_set = pyarrow.Array.from_buffers(pyarrow.large_string(), len(wanted), buffers)
+        found = pyarrow.compute.indices_nonzero(pyarrow.compute.is_in(self.column, value_set=value_set))
+        at = np.frombuffer(found.buffers()[1], np.uint64)[found.offset : found.offset + len(found)].astype(np.int64)
         return dict(zip(self.take(at), at.tolist(), strict=True))
 
     def id_of(self, name: str) -> int:
@@ -114,8 +118,6 @@ class Names:
 
 def _most_pairs(piece: Any, wanted: NDArray[np.uint8]) -> Any:
     """Positions of the names that share most pairs of letters with `wanted`, for their length (Dice)."""
-    import pyarrow
-
     _, offset_buffer, data = piece.buffers()
     offsets = np.frombuffer(offset_buffer, np.int64)[piece.offset : piece.offset + len(piece) + 1]
     letters = _LOWER[np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]]] if data is not None else np.zeros(0, np.uint8)
@@ -131,4 +133,12 @@ def _most_pairs(piece: Any, wanted: NDArray[np.uint8]) -> Any:
     count = shared[last] - shared[offsets[:-1]]
     score = 2.0 * count / np.maximum(np.diff(offsets) + len(wanted) - 2, 1)
     best = np.argpartition(-score, min(_SHORTLIST, len(score) - 1))[:_SHORTLIST]
-    return pyarrow.array(best[score[best] > 0.2])
+    return _as_arrow(best[score[best] > 0.2])
+
+
+def _as_arrow(ids: NDArray[np.int64]) -> Any:
+    """Ids as an Arrow array."""
+    import pyarrow
+
+    ids = np.ascontiguousarray(ids, np.int64)
+    return pyarrow.Array.from_buffers(pyarrow.int64(), len(ids), [None, pyarrow.py_buffer(ids)])

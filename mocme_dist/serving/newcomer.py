@@ -1,7 +1,8 @@
 """Entities that were never seen: from what is known of one to its fused vector, by the encoders that made the others'.
 
-Its structure is absent, and the weights of the modalities it has are those of any entity without structure. This is
-the one part of serving, besides export, that needs torch and the encoders' libraries.
+Its structure is absent, and the weights of the modalities it has are those of any entity without structure; where
+export found it to help, the vector is corrected (newcomer_map.py). This is the one part of serving, besides export,
+that needs torch and the encoders' libraries.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mocme_dist.encoders.numeric import NumericStatistics
 from mocme_dist.errors import ConfigError, DataError
 from mocme_dist.serving.bundle import Bundle
 from mocme_dist.serving.names import closest
+from mocme_dist.serving.newcomer_map import inputs_of
 from mocme_dist.serving.rows import load_model
 
 _KEY = re.compile(r"(?:^|,)\s*([^=,]+?)\s*=")
@@ -118,6 +120,8 @@ class NewEntityEncoder:
         state = {name: torch.from_numpy(np.array(value)) for name, value in map_tensors(bundle.directory / "dense.safetensors").items()}
         self.model = load_model(dict(bundle.manifest["raw_widths"]), self.config, bundle.num_relations, state)
         self._encoders: dict[str, Encoder] = {}
+        corrected = bundle.directory / "newcomers.safetensors"
+        self.matrix = np.array(map_tensors(corrected)["matrix"]) if bundle.manifest["newcomers"].get("used") else None
 
     def describe(self, text: str) -> Description:
         """`parse_description` with this bundle's columns and attributes."""
@@ -127,7 +131,7 @@ class NewEntityEncoder:
         if modality not in self._encoders:
             pinned = self.bundle.manifest["features"][modality]
             encoder = build_encoder(modality, self.config.encoders, self.columns, self.statistics, "cpu")
-            found = encoder_hash(modality, encoder.settings, pinned["dtype"])
+            found = encoder_hash(modality, encoder.settings, self.config.encoders)
             if found != pinned["encoder_hash"]:
                 raise DataError(
                     f"{modality}: the encoder here has hash {found[:12]}, that of the bundle's features {pinned['encoder_hash'][:12]}; "
@@ -154,8 +158,14 @@ class NewEntityEncoder:
         values = encoder.encode(encoder.collate(decoded.pieces)).mean(axis=0, dtype=np.float32)
         return values.astype(self.bundle.manifest["features"][modality]["dtype"]).astype(np.float32)
 
-    def encode(self, entities: Sequence[Mapping[str, NDArray[np.float32]]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Fused vectors (n, D) and modality weights (n, M) of entities given by the features of the modalities they have."""
+    def encode(
+        self, entities: Sequence[Mapping[str, NDArray[np.float32]]], correct: bool = True
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Vectors (n, D) and modality weights (n, M) of entities given by the features of the modalities they have.
+
+        Args:
+            correct: apply the map of newcomer_map.py where the bundle has one.
+        """
         raw, present = {}, []
         for modality in self.bundle.modalities:
             width = self.bundle.manifest["raw_widths"][modality]
@@ -164,7 +174,12 @@ class NewEntityEncoder:
             present.append(torch.tensor([modality in entity for entity in entities]))
         with torch.no_grad():
             fused = self.model.encode(raw, torch.stack(present))
-        return fused.z_VD.numpy(), fused.inter_VM.float().numpy()
+        z_nD, weight_nM = fused.z_VD.numpy(), fused.inter_VM.float().numpy()
+        if correct and self.matrix is not None:
+            structure = self.bundle.modalities.index("structure")
+            present_Mn = torch.stack(present).numpy()
+            z_nD = (inputs_of(fused.modal_MVD.float().numpy(), present_Mn, structure) @ self.matrix).astype(np.float32)
+        return z_nD, weight_nM
 
     def encode_one(self, description: Description) -> tuple[NDArray[np.float32], dict[str, float]]:
         """Vector (D,) of a described entity, and the weights of the modalities it has.

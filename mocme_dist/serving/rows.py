@@ -67,12 +67,13 @@ class RunRows:
         """(R, C) phases of the relations in radians."""
         return self.model.relations.phase_RC.detach().float().cpu()
 
-    def blocks(self, first: int, last: int) -> Iterator[Block]:
+    def blocks(self, first: int, last: int, hide: str | None = None) -> Iterator[Block]:
         """Blocks of the entities [first, last), in order.
 
         Args:
             first: a multiple of `block_rows`.
             last: another one, or the number of entities.
+            hide: a modality that is taken from all of them.
         """
         stores = {name: self._store(name, first, last) for name in self.modalities if name != "structure"}
         for start in range(first, last, self.block_rows):
@@ -84,7 +85,7 @@ class RunRows:
                     raw[name], there = read_rows(self.saved, start, stop), torch.ones(stop - start, dtype=torch.bool)
                 else:
                     raw[name], there = stores[name].gather(local)
-                present.append(there)
+                present.append(there & (name != hide))
             entities = EntityInput(raw, torch.stack(present), torch.zeros(stop - start, dtype=torch.bool))
             padded, present_MV, _ = pad_block(entities, 0, self.block_rows)
             with torch.no_grad():

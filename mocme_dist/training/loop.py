@@ -143,7 +143,7 @@ class Training:
                 result = train_step(
                     self.worker.engine,
                     self.worker.table,
-                    self.worker.parts(prepared),
+                    self.worker.parts(prepared, self.step),
                     self.comm,
                     estimate=self.step % self.config.mine.every == 0,
                     stop=self.stop(),

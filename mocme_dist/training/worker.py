@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mocme_dist.batching.batch import Batch, BatchMaker
-from mocme_dist.batching.sampler import QuerySampler
+from mocme_dist.batching.sampler import QuerySampler, key64, mix64
 from mocme_dist.config import Config
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore
@@ -169,12 +169,12 @@ class Worker:
             prepared.append((batch.to(self.comm.device), route.to(self.comm.device)))
         return prepared
 
-    def parts(self, prepared: list[tuple[Batch, Route]]) -> Iterator[Part]:
-        """What `train_step` takes, looked up one by one."""
+    def parts(self, prepared: list[tuple[Batch, Route]], step: int) -> Iterator[Part]:
+        """What `train_step` takes, looked up one by one; `step` as given to `prepare`."""
         for number, (batch, route) in enumerate(prepared, 1):
             with self.timer.phase("lookup"):
                 rows_VD = self.table.gather(route.rows_V)
-                entities = self.inputs(route.rows_V, rows_VD)
+                entities = self.hide_structure(self.inputs(route.rows_V, rows_VD), route.rows_V, step)
             yield Part(rows_VD, entities, route, batch, number == len(prepared))
 
     def inputs(self, rows_V: Tensor, rows_VD: Tensor) -> EntityInput:
@@ -189,6 +189,22 @@ class Worker:
         # Ids are a random permutation, so odd ids are a random half of the entities, the same at every world size.
         held_out_V = (rows_V + self.first) % 2 == 1
         return EntityInput(raw, torch.stack(present), held_out_V)
+
+    def hide_structure(self, entities: EntityInput, rows_V: Tensor, step: int) -> EntityInput:
+        """Take the structure from a share of the entities of a training step; from none that would have nothing left.
+
+        A function of seed, step and id, so that every world size hides the same ones.
+        """
+        share = self.config.train.structure_dropout
+        if not share or "structure" not in self.modalities:
+            return entities
+        at = self.modalities.index("structure")
+        ids_V = (rows_V + self.first).cpu().numpy().astype(np.uint64)
+        drawn_V = torch.from_numpy(mix64(ids_V ^ key64(self.config.train.seed, 4, step)) < np.uint64(share * 2**64))
+        present_MV = entities.present_MV.clone()
+        others_V = torch.cat([present_MV[:at], present_MV[at + 1 :]]).any(0)
+        present_MV[at] &= ~(drawn_V.to(present_MV.device) & others_V)
+        return entities._replace(present_MV=present_MV)
 
     def _encoder(self) -> EntityEncoder:
         size = block_rows(self.config, self.dataset.num_entities)

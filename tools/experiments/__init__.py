@@ -1,0 +1,1 @@
+"""Studies of quality; each prints and keeps its rows as they come."""
