@@ -142,8 +142,13 @@ class FeaturesConfig(Section):
 
 
 class EntitiesConfig(Section):
-    """The row-sharded table of structural embeddings; it stays outside the engine."""
+    """The table of structural embeddings."""
 
+    sharding: Literal["rows", "zero"] = Field(
+        "rows",
+        description="rows: each rank holds a range, outside the engine, and a step moves the rows it touched. zero: an ordinary "
+        "parameter of the engine under deepspeed.stage and its Adam; every step moves all rows (small graphs, and as a control).",
+    )
     optimizer: Literal["auto", "adam", "adagrad"] = Field(
         "auto",
         description="Row-wise optimizer on touched rows: adam keeps two moments of D numbers a row, adagrad one number; "
@@ -155,6 +160,14 @@ class EntitiesConfig(Section):
     learning_rate: float | None = Field(None, gt=0, description="Of the rows; None takes train.learning_rate.")
     init_range: float = Field(1.0, gt=0, description="Rows start uniform in [-r, r]; fused vectors are scaled by RotatE's (gamma + 2) / D.")
     row_weight_decay: float = Field(0.0, ge=0, description="L2 penalty on touched rows, added to their gradient.")
+
+    @model_validator(mode="after")
+    def _in_engine(self) -> EntitiesConfig:
+        if self.sharding == "zero" and self.optimizer == "adagrad":
+            raise ValueError("optimizer adagrad with sharding zero; expected auto or adam, the engine's")
+        if self.sharding == "zero" and self.dtype == "bfloat16":
+            raise ValueError("dtype bfloat16 with sharding zero; set deepspeed.bf16 instead")
+        return self
 
 
 class ProjectionConfig(Section):

@@ -7,6 +7,10 @@ those rows only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,6 +42,17 @@ def initial_rows(
         begin, end = max(first, start), min(last, start + _INIT_BLOCK)
         out[begin - first : end - first] = torch.from_numpy((values[begin - start : end - start] * 2 - 1) * np.float32(init_range))
     return out
+
+
+@dataclass
+class RowPart:
+    """Rows [first, last) with their optimizer state and its count of updates, as a checkpoint fills them in place."""
+
+    first: int
+    last: int
+    rows_rD: Tensor
+    state: dict[str, Tensor]
+    num_updates: int
 
 
 class EntityTable:
@@ -99,6 +114,13 @@ class EntityTable:
         """
         self.num_updates += 1
         self._optimizer.update(self.rows_rD, rows_V, grad_VD, self.num_updates)
+
+    @contextmanager
+    def filling(self) -> Iterator[RowPart]:
+        """This rank's rows and state, to be overwritten."""
+        part = RowPart(self.first, self.last, self.rows_rD, self.state, self.num_updates)
+        yield part
+        self.num_updates = part.num_updates
 
 
 def coalesce(touched: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from mocme_dist.data.files import read_json, sha256_file, sync, write_json
 from mocme_dist.errors import CheckpointError, DataError, StorageError
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.table import EntityTable
+from mocme_dist.training.engine_rows import EngineRows
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,13 @@ def step_name(step: int) -> str:
 
 
 def save(
-    directory: Path, step: int, table: EntityTable, dense: Mapping[str, Tensor], manifest: dict[str, Any], comm: Comm, keep: int
+    directory: Path,
+    step: int,
+    table: EntityTable | EngineRows,
+    dense: Mapping[str, Tensor],
+    manifest: dict[str, Any],
+    comm: Comm,
+    keep: int,
 ) -> Path:
     """Write, commit and then purge; collective.
 
@@ -117,7 +124,7 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_parts(temporary: Path, table: EntityTable, dense: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
+def _write_parts(temporary: Path, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
     temporary.mkdir(parents=True, exist_ok=True)
     rows = {"rows": table.rows_rD, **table.state}
     needed = sum(value.numel() * value.element_size() for value in (*rows.values(), *dense.values()))
@@ -262,27 +269,28 @@ def check_identity(saved: Saved, identity: Mapping[str, Any]) -> None:
         )
 
 
-def load_rows(saved: Saved, table: EntityTable) -> None:
+def load_rows(saved: Saved, table: EntityTable | EngineRows) -> None:
     """Fill this rank's range from whatever parts hold it.
 
     Raises:
         CheckpointError: the parts do not cover the range.
     """
-    covered = 0
-    for name, entry in saved.manifest["files"].items():
-        first, last = entry.get("first"), entry.get("last")
-        if first is None:
-            continue
-        begin, end = max(first, table.first), min(last, table.last)
-        if begin >= end:
-            continue
-        with safe_open(saved.path / name, framework="pt") as file:
-            for key, target in (("rows", table.rows_rD), *table.state.items()):
-                target[begin - table.first : end - table.first].copy_(file.get_slice(key)[begin - first : end - first])
-        covered += end - begin
-    if covered != table.last - table.first:
-        raise CheckpointError(f"{saved.path}: parts cover {covered:,} of rows [{table.first:,}, {table.last:,})")
-    table.num_updates = int(saved.manifest["table_updates"])
+    with table.filling() as part:
+        covered = 0
+        for name, entry in saved.manifest["files"].items():
+            first, last = entry.get("first"), entry.get("last")
+            if first is None:
+                continue
+            begin, end = max(first, part.first), min(last, part.last)
+            if begin >= end:
+                continue
+            with safe_open(saved.path / name, framework="pt") as file:
+                for key, target in (("rows", part.rows_rD), *part.state.items()):
+                    target[begin - part.first : end - part.first].copy_(file.get_slice(key)[begin - first : end - first])
+            covered += end - begin
+        if covered != part.last - part.first:
+            raise CheckpointError(f"{saved.path}: parts cover {covered:,} of rows [{part.first:,}, {part.last:,})")
+        part.num_updates = int(saved.manifest["table_updates"])
 
 
 def read_rows(saved: Saved, first: int, last: int) -> Tensor:
@@ -318,7 +326,7 @@ class Saver:
         if comm.rank == 0:
             sweep(directory)
 
-    def save(self, step: int, table: EntityTable, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> bool:
+    def save(self, step: int, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> bool:
         """Whether it is saved; collective.
 
         Raises:

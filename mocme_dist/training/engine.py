@@ -27,7 +27,10 @@ from mocme_dist.training.plain_engine import (
     clip_factor,
     clip_plain,
     load_plain_state,
+    plain_apart,
     plain_state,
+    set_plain_apart,
+    together,
 )
 
 log = logging.getLogger(__name__)
@@ -36,14 +39,16 @@ log = logging.getLogger(__name__)
 class DeepSpeedEngine:
     """DeepSpeed with ZeRO 0-3. The configuration it gets is made here, key by key: it ignores what it does not know."""
 
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], clip: float, config: DeepSpeedConfig, comm: Comm) -> None:
+    def __init__(
+        self, module: nn.Module, groups: list[dict[str, Any]], clip: float, config: DeepSpeedConfig, comm: Comm, apart: str | None
+    ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", comm.device.type)
         # Launchers set it; DeepSpeed asks for it even where there is none and this process is the only rank.
         os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))
         deepspeed = _import_deepspeed()
         # DeepSpeed's own optimizer for bf16 at stage 0 shows neither masters nor moments; stage 1 gives equal numbers.
         self.stage = max(config.stage, 1) if config.bf16 else config.stage
-        self.comm, self.clip, self._offloads = comm, clip, config.offload_optimizer == "cpu"
+        self.comm, self.clip, self.apart, self._offloads = comm, clip, apart, config.offload_optimizer == "cpu"
         optimizer = torch.optim.Adam(groups)
         exact = [buffer.clone() for buffer in module.buffers()]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -127,14 +132,57 @@ class DeepSpeedEngine:
         """Of the last step."""
         return self._norm
 
+    def apart_range(self) -> tuple[int, int]:
+        """An equal part a rank; all of it where the engine is plain."""
+        p = self.module.get_parameter(str(self.apart))
+        size = getattr(p, "ds_numel", p.numel())
+        if self._is_plain():
+            return 0, size
+        part = size // self.comm.world_size
+        return part * self.comm.rank, part * (self.comm.rank + 1)
+
+    def apart_state(self) -> dict[str, Tensor]:
+        """See `Engine`; masters and moments where the engine keeps them."""
+        if self._is_plain():
+            return plain_apart(self.module, self.plain, self.apart)
+        p = self.module.get_parameter(str(self.apart))
+        if self.stage == 3:
+            return {n: self.optimizer.get_local_fp32_param(p, None if n == "value" else n).detach() for n in ("value", *MOMENTS)}
+        mapping, (begin, end) = p._hp_mapping, self.apart_range()  # type: ignore[attr-defined]
+        place = mapping.lp_fragment_address
+        assert (place.start, place.numel) == (begin, end - begin), "the parameter apart is its group's only one, and divides evenly"
+        return {n: mapping.get_hp_fragment(None if n == "value" else n).detach() for n in ("value", *MOMENTS)}
+
+    def set_apart(self, state: dict[str, Tensor]) -> None:
+        """Into masters and moments, then into the copies that the forward pass reads."""
+        if self._is_plain():
+            set_plain_apart(self.module, self.plain, self.apart, state)
+            return
+        p = self.module.get_parameter(str(self.apart))
+        with torch.no_grad():
+            for name, value in state.items():
+                if self.stage == 3:
+                    self.optimizer.set_local_hp_param(value, p, None if name == "value" else name)
+                else:
+                    self.apart_state()[name].copy_(value)
+            if self.stage < 3:
+                self.optimizer.update_lp_params()
+                return
+            # As at the end of a step: parts from masters, and what is small enough is gathered for good.
+            self.optimizer._partition_all_parameters()
+            for number in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            if kept := self.optimizer.persistent_parameters:
+                kept[0].all_gather(kept)
+
     def state(self) -> dict[str, Tensor]:
         """Full tensors at any stage; every rank takes part."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._is_plain():
-            return plain_state(self.module, self.plain)
+            return plain_state(self.module, self.plain, self.apart)
         out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(self.module).items()}
-        for name, p in self.module.named_parameters():
+        for name, p in together(self.module, self.apart):
             out[f"value/{name}"] = safe_get_full_fp32_param(p).float().cpu().clone()
             for moment in MOMENTS:
                 value = safe_get_full_optimizer_state(p, moment)
@@ -144,13 +192,13 @@ class DeepSpeedEngine:
     def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
         """Full tensors into whatever parts this stage keeps."""
         if self._is_plain():
-            load_plain_state(self.module, self.plain, state, num_updates)
+            load_plain_state(self.module, self.plain, self.apart, state, num_updates)
             return
-        check_state(self.module, state)
+        check_state(self.module, self.apart, state)
         with torch.no_grad():
             for name, buffer in buffers_of(self.module).items():
                 buffer.copy_(state[f"buffer/{name}"])
-            for name, p in self.module.named_parameters():
+            for name, p in together(self.module, self.apart):
                 self._set_full(p, state[f"value/{name}"].to(self.comm.device), None)
                 for moment in MOMENTS:
                     self._set_full(p, state[f"{moment}/{name}"].to(self.comm.device), moment)
@@ -232,13 +280,16 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def make_engine(module: nn.Module, groups: list[dict[str, Any]], clip: float, config: DeepSpeedConfig, comm: Comm) -> Engine:
+def make_engine(
+    module: nn.Module, groups: list[dict[str, Any]], clip: float, config: DeepSpeedConfig, comm: Comm, apart: str | None = None
+) -> Engine:
     """The engine that the configuration asks for.
 
     Args:
         module: the dense part; on `comm.device` already.
         groups: Adam's parameter groups.
         clip: largest gradient norm, 0 is off.
+        apart: name of a parameter that no rank gathers (see `Engine`), alone in its group.
 
     Raises:
         ConfigError: DeepSpeed is asked for and not installed, or bf16 or offloading without it.
@@ -251,7 +302,7 @@ def make_engine(module: nn.Module, groups: list[dict[str, Any]], clip: float, co
             raise ConfigError("deepspeed.offload_optimizer: the torch engine has none; install deepspeed or set it to none")
         if config.engine == "auto":
             log.warning("deepspeed is not installed: the dense part runs under its plain torch twin, without ZeRO")
-        return TorchEngine(module, groups, clip, comm)
+        return TorchEngine(module, groups, clip, comm, apart)
     if not installed:
         raise ConfigError("deepspeed.engine: deepspeed is not installed; pip install deepspeed, or set deepspeed.engine=torch")
-    return DeepSpeedEngine(module, groups, clip, config, comm)
+    return DeepSpeedEngine(module, groups, clip, config, comm, apart)

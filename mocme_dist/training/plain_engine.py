@@ -19,7 +19,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(Protocol):
-    """What the loop needs of an engine."""
+    """What the loop needs of an engine; it is made with the name of a parameter to keep apart, or None.
+
+    That one is too large to be gathered: it is trained as any other, but `state` leaves it out and gives no rank all of it.
+    """
 
     module: nn.Module
 
@@ -50,8 +53,20 @@ class Engine(Protocol):
     def gradient_norm(self) -> float:
         """Global norm of the dense gradients of the last step, before clipping."""
 
+    def apart_range(self) -> tuple[int, int]:
+        """Elements of the parameter apart that this rank's state of it holds, as a range of the whole, flat."""
+
+    def apart_state(self) -> dict[str, Tensor]:
+        """This rank's part of its float32 value and moments ("value", "exp_avg", "exp_avg_sq"), flat, not copied."""
+
+    def set_apart(self, state: dict[str, Tensor]) -> None:
+        """Take what `apart_state` gives; collective."""
+
     def state(self) -> dict[str, Tensor]:
-        """Full values, moments and buffers by name, float32 on the CPU; collective, the same on every rank."""
+        """Full values, moments and buffers by name, but for the parameter apart; float32 on the CPU, the same on every rank.
+
+        Collective.
+        """
 
     def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
         """Take what `state` gave, at any stage and number of ranks; collective.
@@ -75,14 +90,19 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
 
-def check_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+def together(module: nn.Module, apart: str | None) -> list[tuple[str, nn.Parameter]]:
+    """Parameters by name, but for the one apart."""
+    return [(name, p) for name, p in module.named_parameters() if name != apart]
+
+
+def check_state(module: nn.Module, apart: str | None, state: dict[str, Tensor]) -> None:
     """Refuse a state of another model; under ZeRO-3 a parameter's own shape is that of its part.
 
     Raises:
         CheckpointError: the tensors that differ, with both shapes.
     """
     here = {f"buffer/{name}": tuple(value.shape) for name, value in buffers_of(module).items()}
-    for name, p in module.named_parameters():
+    for name, p in together(module, apart):
         here |= {f"{kind}/{name}": tuple(getattr(p, "ds_shape", p.shape)) for kind in ("value", *MOMENTS)}
     there = {name: tuple(value.shape) for name, value in state.items()}
     differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
@@ -97,8 +117,8 @@ def check_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 class TorchEngine:
     """Plain Adam and one flat all-reduce: the twin that parity tests compare with, and the engine without DeepSpeed."""
 
-    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], clip: float, comm: Comm) -> None:
-        self.module, self.clip, self.comm = module, clip, comm
+    def __init__(self, module: nn.Module, groups: list[dict[str, Any]], clip: float, comm: Comm, apart: str | None = None) -> None:
+        self.module, self.clip, self.comm, self.apart = module, clip, comm, apart
         self.optimizer = torch.optim.Adam(groups)
         self._norm = 0.0
 
@@ -135,13 +155,25 @@ class TorchEngine:
         """Of the last step."""
         return self._norm
 
+    def apart_range(self) -> tuple[int, int]:
+        """All of it."""
+        return 0, self.module.get_parameter(str(self.apart)).numel()
+
+    def apart_state(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return plain_apart(self.module, self.optimizer, self.apart)
+
+    def set_apart(self, state: dict[str, Tensor]) -> None:
+        """See `Engine`."""
+        set_plain_apart(self.module, self.optimizer, self.apart, state)
+
     def state(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return plain_state(self.module, self.optimizer)
+        return plain_state(self.module, self.optimizer, self.apart)
 
     def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
         """See `Engine`."""
-        load_plain_state(self.module, self.optimizer, state, num_updates)
+        load_plain_state(self.module, self.optimizer, self.apart, state, num_updates)
 
 
 def clip_plain(module: nn.Module, clip: float, outside: float) -> tuple[float, float]:
@@ -161,10 +193,29 @@ def clip_plain(module: nn.Module, clip: float, outside: float) -> tuple[float, f
     return norm, factor
 
 
-def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    """Adam's moments of a parameter, made as its first step would make them where there are none yet."""
+    if not optimizer.state[p]:
+        optimizer.state[p] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(p) for moment in MOMENTS}}
+    return {moment: optimizer.state[p][moment] for moment in MOMENTS}
+
+
+def plain_apart(module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None) -> dict[str, Tensor]:
+    """`Engine.apart_state` where parameters and moments are whole on every rank."""
+    p = module.get_parameter(str(apart))
+    return {"value": p.detach().flatten(), **{name: value.flatten() for name, value in _moments(optimizer, p).items()}}
+
+
+def set_plain_apart(module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None, state: dict[str, Tensor]) -> None:
+    """`Engine.set_apart` where parameters and moments are whole on every rank."""
+    for name, target in plain_apart(module, optimizer, apart).items():
+        target.copy_(state[name])
+
+
+def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None) -> dict[str, Tensor]:
     """`Engine.state` where parameters and moments are whole on every rank."""
     out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(module).items()}
-    for name, p in module.named_parameters():
+    for name, p in together(module, apart):
         out[f"value/{name}"] = p.detach().float().cpu().clone()
         for moment in MOMENTS:
             value = optimizer.state.get(p, {}).get(moment)
@@ -172,14 +223,20 @@ def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     return out
 
 
-def load_plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], num_updates: int) -> None:
+def load_plain_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None, state: dict[str, Tensor], num_updates: int
+) -> None:
     """`Engine.load_state` where parameters and moments are whole on every rank."""
-    check_state(module, state)
+    check_state(module, apart, state)
     with torch.no_grad():
-        for name, p in module.named_parameters():
+        for name, p in together(module, apart):
             p.copy_(state[f"value/{name}"])
         for name, buffer in buffers_of(module).items():
             buffer.copy_(state[f"buffer/{name}"])
-    for name, p in module.named_parameters():
+    for name, p in together(module, apart):
         moments = {moment: state[f"{moment}/{name}"].to(p.device, p.dtype, copy=True) for moment in MOMENTS}
         optimizer.state[p] = {"step": torch.tensor(float(num_updates)), **moments}
+    if apart is not None:
+        p = module.get_parameter(apart)
+        _moments(optimizer, p)
+        optimizer.state[p]["step"].fill_(float(num_updates))

@@ -20,6 +20,7 @@ from mocme_dist.model.mocme import MoCME
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.exchange import Route, exchange
 from mocme_dist.parallel.table import EntityTable, coalesce
+from mocme_dist.training.engine_rows import EngineRows
 from mocme_dist.training.plain_engine import Engine, buffers_of
 from mocme_dist.training.profiler import PhaseTimer
 
@@ -35,9 +36,10 @@ class EntityInput(NamedTuple):
 class StepModule(nn.Module):
     """The dense part of the model, and the whole forward pass of a rank."""
 
-    def __init__(self, model: MoCME, loss: LossSettings, comm: Comm, timer: PhaseTimer) -> None:
+    def __init__(self, model: MoCME, loss: LossSettings, comm: Comm, timer: PhaseTimer, rows: nn.Embedding | None = None) -> None:
         super().__init__()
         self.model, self.loss, self.comm, self.timer = model, loss, comm, timer
+        self.rows = rows  # the table, where the engine holds it: structure then comes as ids
 
     def forward(self, entities: EntityInput, route: Route, batch: Batch, estimate: bool) -> tuple[Tensor, LossStats, Fused]:
         """The loss to differentiate on this rank, sums for the log, and what fusion did.
@@ -45,8 +47,11 @@ class StepModule(nn.Module):
         The engine averages gradients over ranks, so each rank's share is multiplied by the number of ranks: the
         average is then the gradient of the mean over the global batch. The networks' own loss is a share too.
         """
+        raw = entities.raw
         with self.timer.phase("encode"):
-            fused = self.model.encode(entities.raw, entities.present_MV, entities.held_out_V, self.comm.sum, estimate)
+            if self.rows is not None and "structure" in raw:
+                raw = {**raw, "structure": self.rows(raw["structure"])}
+            fused = self.model.encode(raw, entities.present_MV, entities.held_out_V, self.comm.sum, estimate)
         with self.timer.phase("exchange"):
             z_UD = exchange(fused.z_VD, route)
         with self.timer.phase("loss"):
@@ -84,7 +89,7 @@ def pack_stats(stats: LossStats, mine_loss: Tensor, stop: bool) -> Tensor:
 
 
 class Part(NamedTuple):
-    """A share of a step that is encoded and scored at once; its rows are a leaf."""
+    """A share of a step that is encoded and scored at once; its rows are a leaf, or ids where the engine holds the table."""
 
     rows_VD: Tensor
     entities: EntityInput
@@ -93,8 +98,17 @@ class Part(NamedTuple):
     last: bool
 
 
+def _row_gradient(part: Part, world_size: int) -> tuple[Tensor, Tensor]:
+    """Local rows and their gradient of the global mean loss; none where the engine holds the table."""
+    if not part.rows_VD.requires_grad:
+        return part.route.rows_V[:0], torch.zeros(0, 1, device=part.rows_VD.device)
+    # Rows got the sum over ranks of gradients that were multiplied by the world size; see StepModule.
+    grad_VD = part.rows_VD.grad if part.rows_VD.grad is not None else torch.zeros_like(part.rows_VD)
+    return part.route.rows_V, grad_VD / world_size
+
+
 def train_step(
-    engine: Engine, table: EntityTable, parts: Iterable[Part], comm: Comm, *, estimate: bool, stop: bool, timer: PhaseTimer
+    engine: Engine, table: EntityTable | EngineRows, parts: Iterable[Part], comm: Comm, *, estimate: bool, stop: bool, timer: PhaseTimer
 ) -> StepResult:
     """Forward, agree that all is finite, backward, update. Nothing moves on any rank when anything is not finite.
 
@@ -128,9 +142,7 @@ def train_step(
             if touched:
                 engine.skip()
             return skipped(math.nan)
-        # Rows got the sum over ranks of gradients that were multiplied by the world size; see StepModule.
-        grad_VD = part.rows_VD.grad if part.rows_VD.grad is not None else torch.zeros_like(part.rows_VD)
-        touched.append((part.route.rows_V, grad_VD / comm.world_size))
+        touched.append(_row_gradient(part, comm.world_size))
     with timer.phase("update"):
         rows_V, grad_VD = coalesce(touched)
         norm = math.sqrt(float(comm.sum(grad_VD.double().square().sum())))

@@ -36,6 +36,7 @@ from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
 from mocme_dist.training.encode import EntityEncoder
 from mocme_dist.training.engine import make_engine
+from mocme_dist.training.engine_rows import EngineRows, row_parameter
 from mocme_dist.training.log import Progress
 from mocme_dist.training.profiler import PhaseTimer
 from mocme_dist.training.step import EntityInput, Part, StepModule
@@ -81,24 +82,11 @@ class Worker:
         self.partition = RowPartition(dataset.num_entities, comm.world_size)
         self.first, self.last = self.partition.bounds(comm.rank)
         self.stores = self._open_stores()
-        self.table = EntityTable(
-            self.partition,
-            comm.rank,
-            config.experts.width,
-            optimizer=choose_optimizer(config.entities.optimizer, dataset.num_entities),
-            learning_rate=config.entities.learning_rate or config.train.learning_rate,
-            weight_decay=config.entities.row_weight_decay,
-            init_range=config.entities.init_range,
-            seed=config.train.seed,
-            dtype=getattr(torch, config.entities.dtype),
-            device=comm.device,
-        )
         self.compiled = use_compiler(config.compile, comm.device)
         raw_widths = {name: config.experts.width if name == "structure" else self.stores[name].width for name in self.modalities}
         self.model = MoCME(raw_widths, dataset.num_relations, model_settings(config), config.train.seed).to(comm.device)
         self._set_statistics()
-        module = StepModule(self.model, _loss_settings(config, self.compiled), comm, self.timer)
-        self.engine = make_engine(module, _groups(config, module), config.train.gradient_clipping, config.deepspeed, comm)
+        self.table = self._make_engine()
         sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
         self.maker = BatchMaker(
             dataset.triples("train"),
@@ -110,6 +98,31 @@ class Worker:
             comm.rank,
             comm.world_size,
             config.deepspeed.gradient_accumulation_steps,
+        )
+
+    def _make_engine(self) -> EntityTable | EngineRows:
+        """The engine of the dense part; the table, beside it or inside it."""
+        c, comm = self.config, self.comm
+        start = (c.experts.width, c.entities.init_range, c.train.seed)
+        in_engine = c.entities.sharding == "zero"
+        rows = row_parameter(self.partition, *start, comm.device) if in_engine else None
+        module = StepModule(self.model, _loss_settings(c, self.compiled), comm, self.timer, rows)
+        self.engine = make_engine(
+            module, _groups(c, module), c.train.gradient_clipping, c.deepspeed, comm, "rows.weight" if in_engine else None
+        )
+        if rows is not None:
+            return EngineRows(self.engine, rows, self.partition, comm.rank)
+        return EntityTable(
+            self.partition,
+            comm.rank,
+            c.experts.width,
+            optimizer=choose_optimizer(c.entities.optimizer, self.dataset.num_entities),
+            learning_rate=c.entities.learning_rate or c.train.learning_rate,
+            weight_decay=c.entities.row_weight_decay,
+            init_range=c.entities.init_range,
+            seed=c.train.seed,
+            dtype=getattr(torch, c.entities.dtype),
+            device=comm.device,
         )
 
     def _open_stores(self) -> dict[str, FeatureStore]:
@@ -309,11 +322,17 @@ def _loss_settings(config: Config, compiled: bool) -> LossSettings:
 
 
 def _groups(config: Config, module: StepModule) -> list[dict[str, Any]]:
-    """Adam's groups: the statistics networks ascend at their own rate."""
-    networks = [p for name, p in module.named_parameters() if ".mine." in name]
-    others = [p for name, p in module.named_parameters() if ".mine." not in name]
-    groups = [{"params": others, "lr": config.train.learning_rate}]
-    return [*groups, {"params": networks, "lr": config.mine.learning_rate}] if networks else groups
+    """Adam's groups: the statistics networks ascend at their own rate, and so does a table that the engine holds."""
+    train, entities = config.train, config.entities
+    groups: dict[str, dict[str, Any]] = {
+        "others": {"lr": train.learning_rate},
+        "networks": {"lr": config.mine.learning_rate},
+        "rows": {"lr": entities.learning_rate or train.learning_rate, "weight_decay": entities.row_weight_decay},
+    }
+    members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in groups}
+    for name, p in module.named_parameters():
+        members["rows" if name == "rows.weight" else "networks" if ".mine." in name else "others"].append(p)
+    return [{"params": members[name], **settings} for name, settings in groups.items() if members[name]]
 
 
 def open_dataset(config: Config) -> Dataset:

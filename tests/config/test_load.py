@@ -179,3 +179,15 @@ def test_offloading_needs_a_stage_that_partitions():
     with pytest.raises(ConfigError, match="deepspeed: offload_optimizer cpu with stage 0; expected stage 1, 2 or 3"):
         load_config([], ["deepspeed.offload_optimizer=cpu", "deepspeed.stage=0"])
     assert load_config([], ["deepspeed.offload_optimizer=cpu"]).deepspeed.stage == 1
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("entities.optimizer=adagrad", "optimizer adagrad with sharding zero; expected auto or adam"),
+        ("entities.dtype=bfloat16", "dtype bfloat16 with sharding zero; set deepspeed.bf16"),
+    ],
+)
+def test_a_table_in_the_engine_has_the_engine_s_optimizer_and_type(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([], ["entities.sharding=zero", override])
