@@ -21,6 +21,7 @@ from mocme_dist.errors import DataError
 
 SAMPLE = 100_000  # values of an attribute that its median and quartiles are taken from
 CLIP = 5.0
+RULE = 2  # goes up when the same numbers give other statistics
 _TAIL = 5.0  # the normal distribution has 1.7, the exponential 3.6, a log-normal of sigma 2 has 29
 
 
@@ -107,14 +108,24 @@ def signed_log(values: np.ndarray) -> np.ndarray:
     return np.sign(values) * np.log1p(np.abs(values))
 
 
-def is_heavy_tailed(values: np.ndarray) -> bool:
-    """Whether the 1st or 99th percentile lies more than five interquartile ranges from the median."""
+def tail(values: np.ndarray) -> float:
+    """How far the 1st or 99th percentile lies from the median, in interquartile ranges; infinite where those are 0."""
     low, first, median, third, high = np.quantile(values, (0.01, 0.25, 0.5, 0.75, 0.99))
-    return bool(max(high - median, median - low) > _TAIL * (third - first) > 0)
+    return float(max(high - median, median - low) / (third - first)) if third > first else math.inf
+
+
+def wants_log(values: np.ndarray) -> bool:
+    """Whether the tail is heavy and the signed log makes it lighter.
+
+    It does for populations and areas; for years and latitudes, whose tail lies towards zero, it would stretch the tail and
+    press everything else together. Where most values are equal there is no spread to judge by, and no log.
+    """
+    heavy = tail(values)
+    return _TAIL < heavy < math.inf and tail(signed_log(values)) < heavy
 
 
 def _fit(name: str, count: int, values: np.ndarray) -> Attribute:
-    log = is_heavy_tailed(values)
+    log = wants_log(values)
     if log:
         values = signed_log(values)
     first, median, third = np.quantile(values, (0.25, 0.5, 0.75))

@@ -27,7 +27,7 @@ from mocme_dist.data.files import read_json, write_json
 from mocme_dist.data.progress import Progress
 from mocme_dist.encoders.build import ENCODED, build_encoder, encoder_settings, with_absolute_paths
 from mocme_dist.encoders.encoder import Encoder, encoder_hash
-from mocme_dist.encoders.numeric import NumericStatistics, collect_numbers, fit_numbers
+from mocme_dist.encoders.numeric import RULE, NumericStatistics, collect_numbers, fit_numbers
 from mocme_dist.encoders.report import finish_modality, finish_report, timings
 from mocme_dist.encoders.shard import NOTHING, extract_shard, leave_out
 from mocme_dist.errors import ConfigError, DataError, MocmeError, ShardError
@@ -239,7 +239,8 @@ def _run_all(
 def _numeric_statistics(dataset: Dataset, encoders: EncodersConfig, columns: Sequence[str], use_ray: bool) -> NumericStatistics:
     """Statistics of all numbers, from features/numeric/statistics.json when that is of these shards."""
     path = dataset.directory / "features" / "numeric" / "statistics.json"
-    made_from = {"shards": [entry.sha256 for entry in dataset.entries], "max_attributes": encoders.numeric.max_attributes}
+    hashes = [entry.sha256 for entry in dataset.entries]
+    made_from = {"shards": hashes, "max_attributes": encoders.numeric.max_attributes, "rule": RULE}
     try:
         stored = read_json(path)
         if stored["made_from"] == made_from:

@@ -45,6 +45,42 @@ def test_heavy_tails_get_a_signed_log_and_even_spreads_do_not():
     assert numeric.signed_log(np.array([-np.e + 1.0]))[0] == pytest.approx(-1.0)
 
 
+def test_a_tail_that_the_log_would_stretch_gets_none():
+    rng = np.random.default_rng(1)
+    year = np.concatenate([rng.normal(1970, 20, 380), rng.uniform(-500, 1500, 20)])
+    latitude = np.concatenate([rng.normal(45, 5, 380), rng.uniform(-60, 0, 20)])
+    debt = -np.exp(3 * rng.normal(size=400))  # as heavy as a population, below zero
+    for values, log in ((year, False), (latitude, False), (debt, True), (np.array([0.0] * 390 + [1e9] * 10), False)):
+        assert numeric.wants_log(values) == log
+    assert numeric.tail(year) > 5 and numeric.tail(latitude) > 5
+
+
+@pytest.mark.parametrize(
+    "name, logs, plain",
+    [
+        (
+            "DB15K",
+            ("topic_server.population_number", "location.location.area"),
+            ("location.geocode.latitude", "people.person.date_of_birth"),
+        ),
+        ("MKG-W", ("topic_server.population_number",), ("film.film.initial_release_date",)),
+        ("worldfacts", ("population", "gdp_ppp_usd", "area_km2"), ("median_age", "independence_year")),
+    ],
+)
+def test_relation_typed_attributes_of_real_graphs_are_told_apart(shared_data, name, logs, plain):
+    values: dict[str, list[float]] = {}
+    for line in (shared_data(name) / "numeric.tsv").read_text(encoding="utf8").splitlines()[1:]:
+        _, attribute, value = line.split("\t")
+        values.setdefault(attribute, []).append(float(value))
+    found = {a.name: a for a in fit_numbers([{a: (len(v), v) for a, v in values.items()}], 256).attributes}
+    assert [found[attribute].log for attribute in (*logs, *plain)] == [True] * len(logs) + [False] * len(plain)
+    for attribute in (*logs, *plain):
+        numbers = np.array(values[attribute])
+        scaled = (numeric.signed_log(numbers) if found[attribute].log else numbers) - found[attribute].centre
+        inside = np.abs(scaled / found[attribute].scale) < numeric.CLIP
+        assert inside.mean() > 0.9, attribute
+
+
 def test_absent_attributes_are_two_zeros_and_present_ones_carry_a_one():
     encoder = NumericEncoder(fitted([member(a=1, b=5), member(a=2, b=6), member(a=3)]))
     found = encoder.encode(encoder.collate([encoder.decode(member(b=6)).pieces[0]]))
