@@ -20,6 +20,7 @@ from mocme_dist.model.mocme import MoCME
 from mocme_dist.parallel.comm import pick_device
 from mocme_dist.training.checkpoint import Saved, check_identity, load_dense, read_rows
 from mocme_dist.training.encode import pad_block
+from mocme_dist.training.identity import model_identity
 from mocme_dist.training.step import EntityInput
 from mocme_dist.training.worker import block_rows, model_settings, resolve_modalities
 
@@ -45,15 +46,7 @@ class RunRows:
     def __init__(self, config: Config, dataset: Dataset, saved: Saved) -> None:
         self.config, self.dataset, self.saved = config, dataset, saved
         self.modalities = resolve_modalities(config, dataset)
-        identity = {
-            "num_entities": dataset.num_entities,
-            "num_relations": dataset.num_relations,
-            "dataset": dataset.fingerprint,
-            "modalities": list(self.modalities),
-            "width": config.experts.width,
-            "num_experts": config.experts.num_experts,
-        }
-        check_identity(saved, identity)
+        check_identity(saved, model_identity(config, dataset, self.modalities))
         self.device = pick_device()
         self.block_rows = block_rows(config, dataset.num_entities)
         self.raw_widths = {name: self._store(name, 0, 0).width if name != "structure" else config.experts.width for name in self.modalities}

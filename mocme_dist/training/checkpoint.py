@@ -11,7 +11,9 @@ import logging
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +87,8 @@ def save(
         gathered = comm.gather(entries)
         if comm.rank == 0:
             files = {name: entry for part in gathered for name, entry in part.items()}
-            full = {"format": 1, "step": step, "num_rows": table.partition.num_rows, "width": table.width, "optimizer": table.optimizer}
             try:
-                _commit(temporary, {**full, "table_updates": table.num_updates, "files": files, **manifest})
-                _purge(directory, keep)
+                _commit(temporary, {**_describe(step, table), "files": files, **manifest})
             except (OSError, StorageError) as cause:
                 error = StorageError(f"{directory}: checkpoint of step {step} could not be committed: {cause}")
         comm.raise_together(error)
@@ -96,7 +96,31 @@ def save(
         if comm.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    # Only now, when every rank knows that the new one exists, may older ones go.
+    if comm.rank == 0:
+        try:
+            _purge(directory, keep)
+        except OSError as cause:
+            log.warning("older checkpoints could not be removed: %s", cause)
     return directory / step_name(step)
+
+
+def _describe(step: int, table: EntityTable | EngineRows) -> dict[str, Any]:
+    """Of which table and by which libraries. No state of random numbers: every draw is a function of seed, step and rank."""
+    versions = {}
+    for name in ("mocme-dist", "torch", "deepspeed", "safetensors"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "format": 1,
+        "step": step,
+        "num_rows": table.partition.num_rows,
+        "width": table.width,
+        "dtype": str(table.rows_rD.dtype).removeprefix("torch."),
+        "optimizer": table.optimizer,
+        "table_updates": table.num_updates,
+        "versions": versions,
+    }
 
 
 def _commit(temporary: Path, manifest: dict[str, Any]) -> None:
@@ -262,11 +286,12 @@ def check_identity(saved: Saved, identity: Mapping[str, Any]) -> None:
         CheckpointError: every field that differs, with both values.
     """
     theirs = saved.manifest.get("identity", {})
-    differing = [f"{key}: checkpoint {theirs.get(key)!r}, now {value!r}" for key, value in identity.items() if theirs.get(key) != value]
+    differing = [(key, str(theirs.get(key, "nothing")), str(value)) for key, value in identity.items() if theirs.get(key) != value]
     if differing:
-        raise CheckpointError(
-            f"{saved.path}: made with other settings: {'; '.join(differing)}; use another run.dir or the settings of then"
-        )
+        rows = [("setting", "checkpoint", "now"), *differing]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        table = "\n".join(f"  {key:<{widths[0]}}  {then:<{widths[1]}}  {now}" for key, then, now in rows)
+        raise CheckpointError(f"{saved.path}: made with other settings; use another run.dir or the settings of then\n{table}")
 
 
 def load_rows(saved: Saved, table: EntityTable | EngineRows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 
 from mocme_dist.batching.loader import Prefetcher
 from mocme_dist.batching.sampler import key64
-from mocme_dist.config import Config
+from mocme_dist.config import Config, dump_config
 from mocme_dist.data.files import write_json
 from mocme_dist.errors import CheckpointError, DivergedError, Preempted
 from mocme_dist.parallel.comm import communication
@@ -202,6 +203,7 @@ class Training:
             "best_mrr": self.best_mrr if math.isfinite(self.best_mrr) else None,
             "bad_evaluations": self.bad_evaluations,
             "identity": self.worker.identity,
+            "config_sha256": hashlib.sha256(dump_config(self.config).encode()).hexdigest(),
             "world_size": self.comm.world_size,
         }
         with self.worker.timer.phase("checkpoint"):

@@ -37,6 +37,7 @@ from mocme_dist.partition import RowPartition
 from mocme_dist.training.encode import EntityEncoder
 from mocme_dist.training.engine import make_engine
 from mocme_dist.training.engine_rows import EngineRows, row_parameter
+from mocme_dist.training.identity import run_identity
 from mocme_dist.training.log import Progress
 from mocme_dist.training.profiler import PhaseTimer
 from mocme_dist.training.step import EntityInput, Part, StepModule
@@ -142,23 +143,8 @@ class Worker:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with this run to be loaded into it; nothing here depends on the number of ranks."""
-        c = self.config
-        return {
-            "num_entities": self.dataset.num_entities,
-            "num_relations": self.dataset.num_relations,
-            "dataset": self.dataset.fingerprint,
-            "modalities": list(self.modalities),
-            "width": c.experts.width,
-            "num_experts": c.experts.num_experts,
-            "estimator": c.fusion.estimator,
-            "structure": c.projection.structure,
-            "optimizer": self.table.optimizer,
-            "seed": c.train.seed,
-            "batch_size": c.train.batch_size,
-            "chunk_size": c.negatives.chunk_size,
-            "negatives": self.maker.num_negatives,
-        }
+        """What a checkpoint must share with this run to be loaded into it."""
+        return run_identity(self.config, self.dataset, self.modalities, self.table.optimizer)
 
     def _set_statistics(self) -> None:
         """Mean and deviation of the present raw features over all ranks, for the projections."""

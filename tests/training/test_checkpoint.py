@@ -173,7 +173,9 @@ def test_another_identity_is_refused_field_by_field(tmp_path):
     assert saved is not None
     checkpoint.check_identity(saved, {"width": WIDTH, "seed": 0})
     with pytest.raises(
-        CheckpointError, match=r"width: checkpoint 4, now 8; modalities: checkpoint None, now \['text'\]; use another run.dir"
+        CheckpointError,
+        match=r"other settings; use another run.dir or the settings of then\n"
+        r"  setting     checkpoint  now\n  width       4           8\n  modalities  nothing     \['text'\]$",
     ):
         checkpoint.check_identity(saved, {"width": 8, "seed": 0, "modalities": ["text"]})
 

@@ -157,10 +157,14 @@ def test_evaluation_repeats_the_report_of_the_run(featured_dataset, run_copy):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("experts.num_experts=3", "num_experts: checkpoint 2, now 3"),
-        ("modalities=[structure]", r"modalities: checkpoint \['structure', 'numeric'\], now \['structure'\]"),
-        ("train.seed=5", "seed: checkpoint 0, now 5"),
-        ("projection.hidden=3", r"dense state: \d+ tensors differ from this model's: .*checkpoint \(8,\), now \(3,\)"),
+        ("experts.num_experts=3", r"\n  num_experts  2           3$"),
+        ("modalities=[structure]", r"\n  modalities  \['structure', 'numeric'\]  \['structure'\]$"),
+        ("train.seed=5", r"\n  seed     0           5$"),
+        ("projection.hidden=3", r"\n  projection_hidden  8           3$"),
+        ("rotate.gamma=5", r"\n  gamma    4.0         5.0$"),
+        ("experts.residual=true", r"\n  residual  False       True$"),
+        ("fusion.temperature=2", r"\n  temperature  1.0         2.0$"),
+        ("entities.optimizer=adagrad", r"\n  optimizer  adam        adagrad$"),
     ],
 )
 def test_other_settings_are_refused_and_leave_the_run_as_it_is(featured_dataset, run_copy, override, message):
