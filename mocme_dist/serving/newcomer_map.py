@@ -75,8 +75,7 @@ def _sample(rows: RunRows) -> tuple[Floats, NDArray[np.float32], NDArray[np.floa
 def _ridge(x: Floats, y: NDArray[np.float32], ridge: float) -> Floats:
     gram = x.T @ x
     gram[np.diag_indices_from(gram)] += ridge * np.trace(gram) / len(gram)
-    solved: Floats = np.linalg.solve(gram, x.T @ y)
-    return solved
+    return np.asarray(np.linalg.solve(gram, x.T @ y), dtype=np.float64)
 
 
 def _distance(a: NDArray[Any], b: NDArray[Any]) -> float:

@@ -92,9 +92,11 @@ def training_rows(folder: Path, repeats: int) -> tuple[bool, list[dict[str, obje
     model = EagerRotatE(worker.table.rows_rD * 14 / WIDTH, worker.model.relations.phase_RC, GAMMA)
     parity = same_loss(model, given)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    flat = [value.reshape(-1) for value in given.queries()]
+    source, relation, sign, target = (value.reshape(-1) for value in given.queries())
     shared_ms, _ = measure(lambda: optimizer_step(model, optimizer, model.shared(*given.queries(), given.pool, given.allowed)), 2, repeats)
-    per_triple_ms, _ = measure(lambda: optimizer_step(model, optimizer, model.per_triple(*flat, given.own)), 1, max(5, repeats // 2))
+    per_triple_ms, _ = measure(
+        lambda: optimizer_step(model, optimizer, model.per_triple(source, relation, sign, target, given.own)), 1, max(5, repeats // 2)
+    )
     triples_T3 = np.asarray(worker.dataset.triples("train"))[: (repeats + 3) * QUERIES]
     pykeen_s = pykeen_peer.train_steps(triples_T3, worker.dataset.num_entities, RELATIONS, QUERIES, NEGATIVES, WIDTH, 3, GAMMA)
     step_s, full_s, theirs_s = spread(ours.step_s)[0], spread(full.step_s)[0], spread(pykeen_s)[0]
@@ -121,7 +123,7 @@ def _alone():  # type: ignore[no-untyped-def]
 
     from mocme_dist.parallel.comm import Comm, pick_device
 
-    return Comm(0, 1, pick_device(), dist.group.WORLD)
+    return Comm(0, 1, pick_device(), dist.group.WORLD)  # type: ignore[arg-type]
 
 
 def read_graph(folder: Path) -> dict[str, np.ndarray]:

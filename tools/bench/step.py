@@ -31,7 +31,7 @@ def first_loss(dataset: Path, run_dir: Path, compiled: str) -> float:
     config = step_config(dataset, run_dir, *FULL, f"compile={compiled}")
     with communication(60) as comm, torch.no_grad():
         worker = Worker(config, open_dataset(config), comm)
-        (part,) = worker.parts(worker.prepare(0))
+        (part,) = worker.parts(worker.prepare(0), 0)
         loss, _, _ = worker.engine(part.entities, part.route, part.batch, True)
     return float(loss)
 

@@ -24,7 +24,7 @@ from mocme_dist.data.packing import pack_folder
 from mocme_dist.errors import Preempted
 from mocme_dist.parallel.comm import communication
 from mocme_dist.train import resolve_paths
-from mocme_dist.training.loop import Training
+from mocme_dist.training.loop import Hooks, Training
 from mocme_dist.training.rundir import RunDirectory
 from mocme_dist.training.worker import Worker, open_dataset
 
@@ -117,7 +117,7 @@ def timed_steps(config: Config, steps: int, warmup: int) -> Timed:
             return len(marks) > warmup + steps
 
         with suppress(Preempted):
-            Training(config, worker, directory, stop).train()
+            Training(config, worker, directory, stop, Hooks()).train()
         # Of the last step, which is not counted, all but the checkpoint.
         phases = {name: (total - phases.get(name, 0.0)) / (steps + 1) for name, total in worker.timer.total.items() if name != "checkpoint"}
     return Timed(np.diff(marks[warmup:]).tolist(), phases, sum(prepared) / max(1, len(prepared)))
