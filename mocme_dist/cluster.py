@@ -154,3 +154,34 @@ def _check_listening(address: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"RAY_ADDRESS={address}: no cluster answers ({reason}); start it, or unset RAY_ADDRESS") from None
+
+
+def node_memory(cpus_per_rank: float, gpus_per_rank: float, local_ranks: int | None) -> list[tuple[str, int, int]]:
+    """(name, ranks it can hold by its CPUs and GPUs, memory in bytes) of the machines of a run.
+
+    Args:
+        cpus_per_rank, gpus_per_rank: what a rank asks of Ray.
+        local_ranks: so many ranks run on this machine without Ray; None asks the Ray that is connected.
+    """
+    if local_ranks is not None:
+        return [(socket.gethostname(), local_ranks, free_memory())]
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        have = node["Resources"]
+        fitting = [have.get(key, 0) / each for key, each in (("CPU", cpus_per_rank), ("GPU", gpus_per_rank)) if each]
+        if node["Alive"] and min(fitting) >= 1:
+            nodes.append((str(node["NodeManagerHostname"]), int(min(fitting)), int(have.get("memory", 0))))
+    return nodes
+
+
+def free_memory() -> int:
+    """Bytes that processes of this machine can still take, within the limit of their container."""
+    with open("/proc/meminfo") as file:  # noqa: PTH123
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:  # noqa: PTH123
+            return min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # no limit is "max"
+        return free

@@ -6,13 +6,16 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mocme_dist.cluster import leave_ray
 from mocme_dist.commands import command_parser, config_of, run_command
 from mocme_dist.config import Config
 from mocme_dist.config.load import parse_config
 from mocme_dist.errors import ConfigError, MocmeError, Preempted
+
+if TYPE_CHECKING:
+    from mocme_dist.training.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ Train MoCME. With data.raw set, whatever is missing is packed and extracted firs
   python -m mocme_dist.train --config configs/mkg_w.yaml --set data.raw=MKG-W run.dir=runs/mkg_w
   ray job submit -- python -m mocme_dist.train --config configs/mkg_w.yaml
   python -m mocme_dist.train --config configs/demo.yaml --set launch.mode=local     (one process, no Ray)
+  python -m mocme_dist.train --config configs/demo.yaml --plan                      (what it would need; starts nothing)
 
 Running the same command again resumes. The last line printed is one JSON object with the test metrics."""
 
@@ -78,6 +82,7 @@ def train(config: Config) -> dict[str, Any]:
                 directory.write_config(config)
             directory.status("running", pid=os.getpid())
             prepare_data(config)
+            refuse_what_cannot_fit(config)
             report = launch(config, "train")
         except BaseException as error:
             stopped = isinstance(error, Preempted | KeyboardInterrupt)
@@ -87,6 +92,40 @@ def train(config: Config) -> dict[str, Any]:
             raise
         directory.status("done", exit_code=0, **_where(directory))
     return report
+
+
+def plan_of(config: Config) -> Plan:
+    """What the run will need, from its packed data set; nothing is started."""
+    from mocme_dist.data.dataset import Dataset
+    from mocme_dist.training.plan import make_plan
+
+    dataset = Dataset.open(Path(str(config.data.dataset)))
+    # In local mode the ranks are this process's and those that torchrun started beside it.
+    local = config.launch.mode == "local"
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if local else config.launch.min_workers
+    return make_plan(config, dataset, world_size, under_ray=not local)
+
+
+def refuse_what_cannot_fit(config: Config) -> None:
+    """Hold the plan against the memory of the machines that will run it.
+
+    Raises:
+        ConfigError: it does not fit, with the numbers.
+    """
+    from mocme_dist.cluster import node_memory
+    from mocme_dist.training.launch import start_ray
+    from mocme_dist.training.plan import Node, check_plan
+
+    under_ray = config.launch.mode == "ray"
+    if under_ray:
+        start_ray(config)
+    plan = plan_of(config)
+    per_node = None if under_ray else int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
+    nodes = node_memory(config.launch.cpus_per_worker, config.launch.gpus_per_worker, per_node)
+    if per_node is not None:  # torchrun: every machine as this one
+        nodes = nodes * -(-plan.world_size // per_node)
+    check_plan(plan, config, [Node(*node) for node in nodes])
+    log.info("plan: %s", plan.summary())
 
 
 def _where(directory: Any) -> dict[str, Any]:
@@ -104,9 +143,15 @@ def main() -> None:
         help="stored features that are not finite stop the run or count as absent (features.on_bad)",
     )
     parser.add_argument("--profile", type=int, metavar="N", help="trace N steps after the first five to RUN_DIR/profile (run.profile)")
+    parser.add_argument("--plan", action="store_true", help="only show memory, traffic and steps of the run; the data set must be packed")
     args = parser.parse_args()
     given = {"run.profile": args.profile, "run.resume": args.resume and f'"{args.resume}"', "features.on_bad": args.on_bad_feature}
     config = resolve_paths(config_of(args, [f"{key}={value}" for key, value in given.items() if value is not None]))
+    if args.plan:
+        plan = plan_of(config)
+        print("\n".join(plan.lines()))
+        print(json.dumps(plan.as_json()), flush=True)
+        return
     report = train(config)
     from mocme_dist.training.launch import is_follower
 

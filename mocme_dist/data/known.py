@@ -75,6 +75,11 @@ class KnownAnswers:
             )
         return cls(keys, offsets, targets, num_relations)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the three arrays."""
+        return self.keys.nbytes + self.offsets.nbytes + self.targets.nbytes
+
     def lookup(self, source_Q: ArrayLike, relation_Q: ArrayLike, direction_Q: ArrayLike) -> tuple[Integers, Integers]:
         """Known targets of Q queries.
 

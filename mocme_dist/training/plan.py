@@ -1,0 +1,309 @@
+"""What a run will need, before anything starts: bytes of a rank, bytes on the wire, steps; and the refusal of what cannot fit.
+
+Sizes come from the packed data set, dense parameters are counted on a model without storage, and requests on the first
+batches themselves, which are a function of (seed, step). What stays for the whole run is exact; what a step, a ranking
+or a checkpoint needs for a while is counted by the tensors that they hold at their peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mocme_dist.batching.batch import BatchMaker
+from mocme_dist.batching.sampler import QuerySampler
+from mocme_dist.config import Config
+from mocme_dist.data.dataset import Dataset
+from mocme_dist.data.files import read_json
+from mocme_dist.errors import ConfigError
+from mocme_dist.model.mocme import MoCME
+from mocme_dist.parallel.optim import choose_optimizer, state_widths
+from mocme_dist.partition import RowPartition
+from mocme_dist.training.worker import block_rows, model_settings, resolve_modalities
+
+# Resident memory of a rank that holds nothing yet, measured on Linux with torch 2.13's CPU build: the interpreter with
+# torch, numpy and TensorBoard; what DeepSpeed, torch.compile (100 MiB with a warm cache, 280 without) and a Ray worker add.
+# A CUDA context adds more.
+PROCESS_BYTES = 375 << 20
+DEEPSPEED_BYTES, COMPILER_BYTES, RAY_BYTES = 75 << 20, 190 << 20, 110 << 20
+# Where features are not extracted yet, their width is not known.
+ASSUMED_WIDTH = 1024
+# Batches whose requests are counted: a few tell, because requests hardly differ from step to step.
+_COUNTED_STEPS = 3
+
+
+class Node(NamedTuple):
+    """A machine that can hold ranks: how many, and its memory in bytes."""
+
+    name: str
+    ranks: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Vectors that a step asks for, the most over ranks and the first steps.
+
+    Attributes:
+        wanted: U, of a rank. asked: V, unique rows that an owner encodes; both of a part, where a step comes in parts.
+        sent: vectors that leave a rank in a step.
+    """
+
+    wanted: int
+    asked: int
+    sent: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes and steps of a run; all bytes are of the rank that needs most.
+
+    Attributes:
+        resident: what stays for the whole run, by part.
+        passing: what is there for a while, by phase; phases follow each other, so the largest counts.
+        wire: bytes that a rank sends in a step, by kind.
+        notes: what had to be assumed.
+    """
+
+    world_size: int
+    rows_per_rank: int
+    dense_parameters: int
+    steps_per_epoch: int
+    requests: Requests
+    resident: dict[str, int]
+    passing: dict[str, int]
+    wire: dict[str, int]
+    mapped: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def peak(self) -> int:
+        """Largest resident memory of a rank."""
+        return sum(self.resident.values()) + max(self.passing.values())
+
+    def summary(self) -> str:
+        """The peak and its largest parts in one line."""
+        parts = sorted({**self.resident, **self.passing}.items(), key=lambda part: -part[1])
+        largest = ", ".join(f"{name} {_size(size)}" for name, size in parts[:4])
+        return f"{self.world_size} rank(s) need {_size(self.peak)} each ({largest})"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {**asdict(self), "notes": list(self.notes), "peak": self.peak}
+
+    def lines(self) -> Iterator[str]:
+        """A table for people."""
+        yield f"{self.world_size} rank(s) of {self.rows_per_rank:,} rows; {self.dense_parameters:,} dense parameters"
+        r = self.requests
+        yield f"{self.steps_per_epoch:,} steps an epoch; in each a rank asks for {r.wanted:,} vectors, makes {r.asked:,}, sends {r.sent:,}"
+        yield "memory of a rank:"
+        for name, size in self.resident.items():
+            yield f"  {name:<34}{_size(size):>12}"
+        for name, size in self.passing.items():
+            yield f"  {name:<34}{_size(size):>12}  for a while"
+        yield f"  {'peak':<34}{_size(self.peak):>12}"
+        yield f"  {'graph, mapped from disk':<34}{_size(self.mapped):>12}  shared by the ranks of a machine; leaves when memory is short"
+        yield "sent by a rank in a step:"
+        for name, size in self.wire.items():
+            yield f"  {name:<34}{_size(size):>12}"
+        yield from (f"note: {note}" for note in self.notes)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def make_plan(config: Config, dataset: Dataset, world_size: int, under_ray: bool) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: its settings.
+        dataset: the packed data set; features that are not there yet are counted with an assumed width.
+        world_size: how many ranks.
+        under_ray: ranks are Ray workers.
+    """
+    D, partition = config.experts.width, RowPartition(dataset.num_entities, world_size)
+    first, last = partition.bounds(0)
+    rows = last - first
+    notes: list[str] = []
+    features, widths = _features(config, dataset, rows, notes)
+    with torch.device("meta"):
+        model = MoCME(widths, dataset.num_relations, model_settings(config))
+    dense = sum(p.numel() for p in model.parameters())
+    sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
+    requests = count_requests(config, dataset, sampler, partition)
+    resident = {
+        "process": PROCESS_BYTES + _process_extras(config, under_ray),
+        **_row_bytes(config, dataset.num_entities, rows, world_size),
+        **{f"features: {name}": size for name, size in features.items()},
+        "dense: values and gradients": 8 * dense,
+        "dense: moments": 8 * dense // (world_size if config.deepspeed.stage >= 1 else 1),
+        "batches: places of the pool": 4 * dataset.num_entities,
+    }
+    passing = {
+        "a step": _step_bytes(config, model, requests, world_size),
+        "a ranking": _ranking_bytes(config, model, dataset, rows),
+        "a checkpoint": 12 * dense,
+    }
+    mapped = 24 * len(dataset.triples("train")) + sum(dataset.known(name).num_bytes for name in ("train", "all"))
+    in_engine = D * dataset.num_entities if config.entities.sharding == "zero" else 0
+    wire = wire_bytes(requests, D, dense + in_engine, world_size)
+    return Plan(world_size, rows, dense, sampler.steps_per_epoch, requests, resident, passing, wire, mapped, tuple(notes))
+
+
+def _row_bytes(config: Config, num_entities: int, rows: int, world_size: int) -> dict[str, int]:
+    """The table, its optimizer's state, and what the engine needs besides where it holds the table."""
+    D = config.experts.width
+    if config.entities.sharding == "zero":
+        parts = world_size if config.deepspeed.stage >= 1 else 1
+        whole = 4 * num_entities * D
+        return {"rows": whole, "rows: gradients": whole, "rows: optimizer": 2 * whole // parts}
+    optimizer = choose_optimizer(config.entities.optimizer, num_entities)
+    # Pages of the state come as rows are first touched: a short run stays below this.
+    state = 4 * rows * sum(state_widths(optimizer, D).values())
+    return {"rows": {"float32": 4, "bfloat16": 2}[config.entities.dtype] * rows * D, "rows: optimizer": state}
+
+
+def _process_extras(config: Config, under_ray: bool) -> int:
+    deepspeed = DEEPSPEED_BYTES if config.deepspeed.engine != "torch" else 0
+    return deepspeed + (COMPILER_BYTES if config.compile != "off" else 0) + (RAY_BYTES if under_ray else 0)
+
+
+def _features(config: Config, dataset: Dataset, rows: int, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that a rank holds of each modality's features, and their widths."""
+    sizes, widths = {}, {}
+    for name in resolve_modalities(config, dataset):
+        if name == "structure":
+            widths[name] = config.experts.width
+            continue
+        path = dataset.directory / "features" / name / "manifest.json"
+        if path.is_file():
+            manifest = read_json(path)
+            width, share = int(manifest["width"]), manifest["present"] / max(dataset.num_entities, 1)
+            number_bytes = 2 if manifest["dtype"] == "float16" else 4
+        else:
+            width, share, number_bytes = ASSUMED_WIDTH, dataset.modalities[name]["entities"] / max(dataset.num_entities, 1), 4
+            notes.append(f"features of {name} are not extracted yet: counted with {width} numbers an entity")
+        values = 0 if config.features.residency == "mmap" else int(rows * share) * width * number_bytes
+        # Who is present, and where each row's values are.
+        sizes[name], widths[name] = values + 9 * rows, width
+    return sizes, widths
+
+
+def count_requests(config: Config, dataset: Dataset, sampler: QuerySampler, partition: RowPartition, first_step: int = 0) -> Requests:
+    """What ranks ask of each other, counted on the batches of a few steps."""
+    negatives = 0 if config.train.loss == "one_vs_all" else config.negatives.count
+    W, wanted, asked, sent = partition.num_parts, 0, 0, 0
+    if negatives == 0:  # every rank asks for everything
+        rows = partition.bounds(0)[1]
+        return Requests(partition.num_rows, rows, (W - 1) * rows)
+    known, triples_T3 = dataset.known("train"), dataset.triples("train")
+    num_parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
+    makers = [BatchMaker(triples_T3, known, partition.num_rows, sampler, chunk, negatives, rank, W, num_parts) for rank in range(W)]
+    for step in range(first_step, min(first_step + _COUNTED_STEPS, first_step + sampler.steps_per_epoch)):
+        sent_W = np.zeros(W, dtype=np.int64)
+        for part in range(num_parts):
+            ids = [maker.make(step, part).ids_U for maker in makers]
+            cuts = [np.searchsorted(ids_U, partition.starts()) for ids_U in ids]
+            counts_WW = np.stack([np.diff(cut) for cut in cuts])
+            wanted = max(wanted, max(map(len, ids)))
+            sent_W += counts_WW.sum(0) - counts_WW.diagonal()
+            for owner in range(W):
+                pieces = [ids_U[cut[owner] : cut[owner + 1]] for ids_U, cut in zip(ids, cuts, strict=True)]
+                asked = max(asked, len(np.unique(np.concatenate(pieces))))
+        sent = max(sent, int(sent_W.max()))
+    return Requests(wanted, asked, sent)
+
+
+def exchange_bytes(sent: int, width: int) -> int:
+    """Bytes of `sent` fused vectors: float32 whatever the engine's type."""
+    return 4 * sent * width
+
+
+def wire_bytes(requests: Requests, width: int, dense: int, world_size: int) -> dict[str, int]:
+    """What a rank sends in one step."""
+    if world_size == 1:
+        return {"fused vectors": 0, "their gradients": 0, "ids, a step ahead": 0, "dense gradients": 0}
+    vectors = exchange_bytes(requests.sent, width)
+    # What was sent comes back as gradients; who asks sends 8 bytes an id. A ring sends each gradient about twice.
+    ids, ring = 8 * requests.sent, 2 * 4 * dense * (world_size - 1) // world_size
+    return {"fused vectors": vectors, "their gradients": vectors, "ids, a step ahead": ids, "dense gradients": ring}
+
+
+def _numbers_per_entity(model: MoCME, training: bool) -> int:
+    """Numbers that encoding one entity holds at its peak, the backward pass included when training."""
+    M, K, D = len(model.modalities), model.settings.num_experts, model.settings.width
+    S, hidden = M * K, model.settings.projection_hidden or D
+    mlp = [name for name in model.modalities if name != "structure" or model.settings.structure == "mlp"]
+    raw = sum(buffer.numel() for name, buffer in model.projections.named_buffers() if name.endswith("mean_F"))
+    if not training:
+        return 2 * raw + len(mlp) * hidden + 3 * M * D + 3 * S * D
+    estimated = model.settings.fusion.estimator == "mine"
+    pairs = (M * K * (K - 1) + M * (M - 1)) // 2 if estimated else 0
+    views = S + M if pairs else 0
+    mine = views * (2 * D + 4 * model.settings.fusion.hidden) + 12 * pairs * model.settings.fusion.hidden
+    return 3 * raw + 3 * len(mlp) * hidden + 6 * M * D + 6 * S * D + mine + 4 * D
+
+
+def _step_bytes(config: Config, model: MoCME, requests: Requests, world_size: int) -> int:
+    """Activations, exchanged vectors, the loss and the update of one step."""
+    D, n = config.experts.width, config.negatives
+    one_vs_all = config.train.loss == "one_vs_all"
+    chunks = -(-(config.train.batch_size // n.chunk_size) // (world_size * config.deepspeed.gradient_accumulation_steps))
+    queries, candidates = chunks * n.chunk_size, requests.wanted if one_vs_all else n.count
+    pools = candidates if one_vs_all else chunks * n.count
+    vectors = requests.asked * D * 5 + (requests.wanted + requests.sent) * D * 2
+    loss = queries * D * 8 + pools * D * 3 + queries * candidates * 7
+    if config.compile == "off":  # the plain form keeps the differences to all candidates, and their squares
+        loss += queries * candidates * D * 15 // 2
+    return 4 * (requests.asked * _numbers_per_entity(model, True) + vectors + loss)
+
+
+def _ranking_bytes(config: Config, model: MoCME, dataset: Dataset, rows: int) -> int:
+    """Fused vectors, held or a piece of them; queries with their answers; a block being encoded; a tile being scored."""
+    D, evaluation = config.experts.width, config.evaluation
+    held = min(4 * rows * D, evaluation.vectors_mb << 20)
+    triples = max(len(dataset.triples(split)) for split in ("valid", "test"))
+    queries = min(2 * triples, 1 << 16)
+    block = block_rows(config, dataset.num_entities) * _numbers_per_entity(model, False)
+    # Plain forms keep (16, tile, D); the kernels keep no distance.
+    tile = 3 * evaluation.query_block * evaluation.tile_rows + (3 * 16 * evaluation.tile_rows * D if config.compile == "off" else 0)
+    return held + 4 * (4 * queries * D + block + tile)
+
+
+def check_plan(plan: Plan, config: Config, nodes: Sequence[Node]) -> None:
+    """Refuse a run that the machines cannot hold.
+
+    Args:
+        nodes: where ranks can be.
+
+    Raises:
+        ConfigError: with the numbers, and what to change.
+    """
+    # On a GPU the step and the ranking are there; rows and their state pass through the host when they are saved. What a
+    # device holds cannot be asked from here: torch says so when it is full.
+    on_device = config.launch.gpus_per_worker > 0
+    needed = sum(size for part, size in plan.resident.items() if not part.startswith("dense")) if on_device else plan.peak
+    room = sum(min(node.ranks, node.memory // needed) for node in nodes)
+    if room >= plan.world_size:
+        return
+    shown = ", ".join(f"{node.name}: {_size(node.memory)} for {node.ranks}" for node in nodes[:4]) + (", ..." if len(nodes) > 4 else "")
+    raise ConfigError(f"plan: {plan.summary()}, but only {room} fit ({shown}); {'; '.join(_remedies(plan, config))}")
+
+
+def _remedies(plan: Plan, config: Config) -> list[str]:
+    """What to change, what saves most first."""
+    saved: dict[str, int] = {"more workers or nodes (launch.workers)": plan.resident["rows"]}
+    if plan.resident["rows: optimizer"] > plan.resident["rows"]:
+        saved["entities.optimizer=adagrad"] = plan.resident["rows: optimizer"]
+    features = sum(size for name, size in plan.resident.items() if name.startswith("features: "))
+    if features and config.features.residency != "mmap":
+        saved["features.residency=mmap"] = features
+    saved["a smaller experts.width"] = plan.resident["rows"] // 2
+    transient = max(plan.passing, key=plan.passing.__getitem__)
+    saved["a smaller train.batch_size" if transient == "a step" else "a smaller evaluation.vectors_mb"] = plan.passing[transient] // 2
+    return [f"{name} saves up to {_size(size)}" for name, size in sorted(saved.items(), key=lambda item: -item[1])[:3]]

@@ -1,0 +1,166 @@
+"""The plan says what a run needs before it starts: exactly what stays, within 15 % of the measured peak, and what is sent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import tiny_config
+
+from mocme_dist import cluster
+from mocme_dist import train as command
+from mocme_dist.batching.sampler import QuerySampler
+from mocme_dist.config import Config, load_config
+from mocme_dist.data.dataset import Dataset
+from mocme_dist.errors import ConfigError
+from mocme_dist.parallel.comm import Comm
+from mocme_dist.partition import RowPartition
+from mocme_dist.training.plan import Node, Plan, check_plan, count_requests, exchange_bytes, make_plan
+from mocme_dist.training.worker import Worker, open_dataset
+from tools.bench.rank import measure_ranks
+from tools.synthetic.packed import write_packed
+from tools.synthetic.planted import Planted
+
+GIB = 1 << 30
+
+
+def plan_for(config: Config, world_size: int) -> Plan:
+    return make_plan(config, open_dataset(config), world_size, under_ray=False)
+
+
+def rank_bytes(comm: Comm, dataset: Path, run_dir: Path, optimizer: str) -> dict[str, Any]:
+    """Body of one rank: bytes that its worker holds, and what its first routes send."""
+    config = tiny_config(dataset, run_dir, "modalities=[structure, numeric]", f"entities.optimizer={optimizer}")
+    worker = Worker(config, open_dataset(config), comm)
+    routes = [part for step in range(3) for part in worker.prepare(step)]
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    store = worker.stores["numeric"]
+    return {
+        "rows": size([worker.table.rows_rD]),
+        "rows: optimizer": size(worker.table.state.values()),
+        "features: numeric": size([store._values, store._present, store._index]),
+        "dense": sum(p.numel() for p in worker.model.parameters()),
+        "steps": worker.maker.sampler.steps_per_epoch,
+        "wanted": [sum(route.wanted_counts) for _, route in routes],
+        "asked": [len(route.rows_V) for _, route in routes],
+        "sent": [route.sent_vectors for _, route in routes],
+    }
+
+
+@pytest.mark.parametrize(("world", "optimizer"), [(1, "adam"), (2, "adagrad"), (3, "adam")])
+def test_what_stays_and_what_is_asked_for_is_exact(run_ranks, featured_dataset, tmp_path, world, optimizer):
+    found = run_ranks(world, rank_bytes, featured_dataset, tmp_path / "run", optimizer)
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]", f"entities.optimizer={optimizer}")
+    plan = plan_for(config, world)
+    for part in ("rows", "rows: optimizer"):
+        assert plan.resident[part] == max(rank[part] for rank in found), part
+    # Who has a modality is a random share of a rank's rows: its values differ by a few rows from the mean.
+    assert plan.resident["features: numeric"] == pytest.approx(max(rank["features: numeric"] for rank in found), rel=0.3)
+    assert plan.dense_parameters == found[0]["dense"] and plan.steps_per_epoch == found[0]["steps"]
+    assert vars(plan.requests) == {name: max(max(rank[name]) for rank in found) for name in ("wanted", "asked", "sent")}
+    assert (plan.requests.sent > 0) == (world > 1)
+
+
+def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
+    """Body of one rank: bytes that one step's vectors take to the other ranks, counted where they are handed over."""
+    import torch.distributed as dist
+
+    config = tiny_config(dataset, run_dir, "modalities=[structure]")
+    worker = Worker(config, open_dataset(config), comm)
+    ((_, route),) = worker.prepare(0)
+    sent = []
+    original = dist.all_to_all_single
+
+    def counted(out: Any, value: Any, receive: list[int], send: list[int], **kwargs: Any) -> Any:
+        sent.append((sum(send) - send[comm.rank]) * value.shape[1] * value.element_size())
+        return original(out, value, receive, send, **kwargs)
+
+    dist.all_to_all_single = counted
+    try:
+        from mocme_dist.parallel.exchange import exchange
+
+        rows_VD = worker.table.gather(route.rows_V)
+        exchange(rows_VD, route).sum().backward()
+    finally:
+        dist.all_to_all_single = original
+    assert len(sent) == 2 and sent[0] == exchange_bytes(route.sent_vectors, worker.table.width)
+    # Gradients go the other way: what came in goes back.
+    assert sent[1] == exchange_bytes(sum(route.wanted_counts) - route.wanted_counts[comm.rank], worker.table.width)
+    return sent[0]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_bytes_on_the_wire_are_those_of_the_formula(run_ranks, featured_dataset, tmp_path, world):
+    found = run_ranks(world, moved_bytes, featured_dataset, tmp_path / "run")
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]")
+    dataset = open_dataset(config)
+    sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
+    requests = count_requests(config, dataset, sampler, RowPartition(dataset.num_entities, world))
+    assert max(found) <= exchange_bytes(requests.sent, config.experts.width) <= 1.3 * max(found)
+    assert plan_for(config, world).wire["fused vectors"] == exchange_bytes(requests.sent, config.experts.width)
+
+
+def test_what_cannot_fit_is_refused_with_numbers_and_what_to_change(featured_dataset, tmp_path):
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]")
+    plan = plan_for(config, 3)
+    check_plan(plan, config, [Node("one", 3, 3 * plan.peak)])
+    check_plan(plan, config, [Node("one", 2, 9 * plan.peak), Node("two", 1, plan.peak)])
+    with pytest.raises(
+        ConfigError, match=r"plan: 3 rank\(s\) need .* MiB each \(process .*\), but only 2 fit \(one: .* for 3\); .* saves up to"
+    ):
+        check_plan(plan, config, [Node("one", 3, 3 * plan.peak - 1)])
+    with pytest.raises(ConfigError, match=r"entities.optimizer=adagrad saves up to"):
+        check_plan(
+            Plan(**{**vars(plan), "resident": {**plan.resident, "rows": GIB, "rows: optimizer": 2 * GIB}}), config, [Node("one", 3, GIB)]
+        )
+
+
+def test_train_refuses_before_anything_starts(featured_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "free_memory", lambda: 1 << 20)
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]")
+    with pytest.raises(ConfigError, match=r"plan: 1 rank\(s\) need"):
+        command.train(config)
+    assert json.loads((tmp_path / "run" / "run_status.json").read_text())["exit_code"] == 2
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_command_prints_a_table_and_one_json_object_and_starts_nothing(featured_dataset, tmp_path, monkeypatch, capsys):
+    settings = [f"data.dataset={featured_dataset}", f"run.dir={tmp_path / 'run'}", "launch.workers=4", "modalities=[structure, numeric]"]
+    monkeypatch.setattr("sys.argv", ["train", "--plan", "--set", *settings])
+    command.main()
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(last)
+    assert found["world_size"] == 4 and found["rows_per_rank"] == 15 and found["steps_per_epoch"] == 1
+    assert found["peak"] == sum(found["resident"].values()) + max(found["passing"].values())
+    assert any(line.split()[:1] == ["peak"] for line in table) and any("rows: optimizer" in line for line in table)
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_is_free_is_that_of_this_machine():
+    (name, ranks, memory), *others = cluster.node_memory(1, 0, 2)
+    assert name and ranks == 2 and 1 << 28 < memory < 1 << 45 and not others
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """200,000 entities and three modalities: the rows, features and a step all weigh."""
+    return write_packed(tmp_path_factory.mktemp("planted") / "data", Planted(200_000, 300_000, valid=0.001, test=0.001), 65536)
+
+
+SHAPES = {
+    "rows weigh": (1, ["modalities=[structure]", "experts.num_experts=1", "entities.optimizer=adagrad", "compile=off"]),
+    "a step weighs": (1, ["experts.width=128", "train.batch_size=2048", "compile=off"]),
+    "two ranks, DeepSpeed": (2, ["deepspeed.engine=deepspeed", "entities.optimizer=adagrad", "compile=on"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_peak_is_within_15_percent_of_the_measured_one(planted, tmp_path, shape):
+    world, settings = SHAPES[shape]
+    settings = ["deepspeed.engine=torch", "evaluation.query_block=64", f"data.dataset={planted.directory}", *settings]
+    plan = plan_for(command.resolve_paths(load_config([], ["launch.mode=local", *settings])), world)
+    measured = max(rank["peak_mb"] for rank in measure_ranks(world, settings, steps=5, queries=64))
+    assert plan.peak / 2**20 == pytest.approx(measured, rel=0.15), plan.summary()

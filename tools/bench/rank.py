@@ -1,0 +1,145 @@
+"""Real ranks of a run, measured: so many steps of the training loop, a checkpoint, perhaps a ranking.
+
+`measure_ranks` starts processes as torchrun would, without Ray, and gives back what each of them saw: milliseconds of
+every step, resident memory, and what it sent. The commands' own code runs, nothing is stripped: build, train, save, rank
+and load the checkpoint again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 900
+
+
+def measure_ranks(world_size: int, settings: Sequence[str], steps: int, queries: int = 0, threads: int = 1) -> list[dict[str, Any]]:
+    """Train so many steps on `world_size` ranks; one record a rank.
+
+    Args:
+        settings: overrides, as after --set; data.dataset among them. The run directory is a temporary one.
+        steps: of the loop; then a checkpoint is written, as when a run is stopped.
+        queries: valid queries to rank afterwards; 0 ranks none.
+        threads: of a rank.
+
+    Raises:
+        RuntimeError: a rank failed; with the end of what it said.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="mocme-ranks-") as folder:
+        processes = []
+        for rank in range(world_size):
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            if world_size > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+            command = [
+                sys.executable,
+                "-m",
+                "tools.bench.rank",
+                "--steps",
+                str(steps),
+                "--queries",
+                str(queries),
+                "--run-dir",
+                f"{folder}/run",
+            ]
+            with Path(f"{folder}/{rank}.log").open("w") as errors:
+                command += ["--set", *settings, f"launch.cpus_per_worker={threads}"]
+                processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env))
+        try:
+            outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for rank, process in enumerate(processes):
+            if process.returncode:
+                raise RuntimeError(f"rank {rank}: exit code {process.returncode}: {Path(f'{folder}/{rank}.log').read_text()[-2000:]}")
+    return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+
+
+def memory_mb(key: str) -> float:
+    """VmRSS, VmHWM or RssFile of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def run_rank(args: argparse.Namespace) -> dict[str, Any]:
+    """Body of one rank."""
+    from mocme_dist.config import load_config
+    from mocme_dist.errors import Preempted
+    from mocme_dist.parallel.comm import communication
+    from mocme_dist.train import resolve_paths
+    from mocme_dist.training import checkpoint, launch, loop
+    from mocme_dist.training.rundir import RunDirectory
+    from mocme_dist.training.worker import Worker, open_dataset
+
+    config = resolve_paths(load_config([], ["launch.mode=local", *args.overrides, f"run.dir={args.run_dir}"]))
+    launch._tune_process(config)
+    found: dict[str, Any] = {}
+    times: list[float] = []
+    sent: list[int] = []
+
+    def stop() -> bool:
+        times.append(time.perf_counter())
+        return len(times) >= args.steps
+
+    directory = RunDirectory(config.run.dir)
+    directory.checkpoints.mkdir(parents=True, exist_ok=True)
+    with communication(TIMEOUT_S) as comm:
+        start = time.perf_counter()
+        worker = Worker(config, open_dataset(config), comm)
+        found["build_s"], found["built_mb"] = time.perf_counter() - start, memory_mb("VmRSS")
+        prepare = worker.prepare
+
+        def counted(step: int) -> Any:
+            parts = prepare(step)
+            sent.append(sum(route.sent_vectors for _, route in parts))
+            return parts
+
+        worker.prepare = counted  # type: ignore[method-assign]
+        run = loop.Training(config, worker, directory, stop, loop.Hooks())
+        with suppress(Preempted):  # as asked
+            run.train()
+        found["trained_mb"] = memory_mb("VmHWM")
+        found["last_step_and_checkpoint_s"] = time.perf_counter() - times[-1]
+        if args.queries:
+            start = time.perf_counter()
+            found["valid_mrr"] = worker.evaluate("valid", args.queries)["mrr"]
+            found["rank_s"], found["queries"] = time.perf_counter() - start, args.queries
+            found["ranked_mb"], start = memory_mb("VmHWM"), time.perf_counter()
+            saved = checkpoint.agree(directory.checkpoints, "auto", comm)
+            assert saved is not None
+            loop.restore(worker, saved)
+            found["load_s"] = time.perf_counter() - start
+        found |= {"peak_mb": memory_mb("VmHWM"), "file_mb": memory_mb("RssFile"), "sent": sent, "width": config.experts.width}
+        found["step_ms"] = [1e3 * (later - earlier) for earlier, later in pairwise(times)]
+        found["queries_per_step"] = worker.maker.sampler.batch_size
+    return found
+
+
+def main() -> None:
+    """One rank; started by `measure_ranks`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--queries", type=int, default=0)
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--set", nargs="+", default=[], dest="overrides")
+    print(json.dumps(run_rank(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
