@@ -1,0 +1,251 @@
+"""The files of cluster/ fit the package: commands, versions, ports, GPUs and the token; and local.sh does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mocme_dist.config.load import load_config
+from tools.synthetic.packed import write_packed
+from tools.synthetic.planted import Planted
+
+ROOT = Path(__file__).resolve().parents[1]
+CLUSTER = ROOT / "cluster"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RAY = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]  # type: ignore[index]
+
+
+def read_yaml(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def clusters() -> dict[str, dict[str, Any]]:
+    """The Ray cluster's specification in each of KubeRay's files."""
+    return {
+        "raycluster": read_yaml("kuberay/raycluster.yaml")["spec"],
+        "rayjob": read_yaml("kuberay/rayjob.yaml")["spec"]["rayClusterSpec"],
+    }
+
+
+def settings_of(command: list[str]) -> Any:
+    """The configuration that a training command in a file asks for; an unknown key is an error here too."""
+    assert command[:3] == ["python", "-m", "mocme_dist.train"]
+    files = command[command.index("--config") + 1 : command.index("--set")]
+    known = [str(ROOT / "configs" / Path(file).name) for file in files]
+    return load_config(known, command[command.index("--set") + 1 :])
+
+
+def test_kuberay_files_hold_one_cluster_of_the_tested_versions():
+    assert read_yaml("kuberay/raycluster.yaml")["kind"] == "RayCluster" and read_yaml("kuberay/rayjob.yaml")["kind"] == "RayJob"
+    found = clusters()
+    assert found["raycluster"] == found["rayjob"]
+    for spec in found.values():
+        assert spec["rayVersion"] == RAY
+        assert spec["authOptions"] == {"mode": "token"}
+        (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+        assert {port["containerPort"] for port in head["ports"]} == {6379, 8265}
+        groups = [group["template"]["spec"]["containers"][0] for group in spec["workerGroupSpecs"]]
+        for container in (head, *groups):
+            assert container["image"] == f"mocme-dist:{PROJECT['version']}"
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/data"}
+
+
+def test_the_job_asks_for_what_its_cluster_has():
+    job = read_yaml("kuberay/rayjob.yaml")["spec"]
+    config = settings_of(shlex.split(job["entrypoint"]))
+    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+    launch = config.launch
+    assert int(limits["nvidia.com/gpu"]) * group["replicas"] == launch.workers * launch.gpus_per_worker
+    assert launch.workers * launch.cpus_per_worker <= int(limits["cpu"]) * group["replicas"]
+    assert config.data.raw.startswith("/data/") and config.run.dir.startswith("/data/") and job["shutdownAfterJobFinishes"]
+    assert int(job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"]) == 0
+
+
+def test_machines_over_ssh_start_ray_with_a_token():
+    spec = read_yaml("ray-cluster.yaml")
+    assert "~/.ray/auth_token" in spec["file_mounts"]
+    assert len(spec["provider"]["worker_ips"]) == spec["min_workers"] == spec["max_workers"]
+    for commands, flag in ((spec["head_start_ray_commands"], "--head --port=6379"), (spec["worker_start_ray_commands"], ":6379")):
+        assert commands[0] == "chmod 600 ~/.ray/auth_token"
+        start = commands[-1]
+        assert start.startswith("RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/.ray/auth_token ") and f"ray start {flag}" in start.replace(
+            "--address=$RAY_HEAD_IP", ""
+        )
+    assert "--dashboard-host=127.0.0.1 --dashboard-port=8265" in spec["head_start_ray_commands"][-1]
+    assert any("-c constraints.txt" in command for command in spec["setup_commands"])
+
+
+def test_slurm_starts_as_many_ranks_as_there_are_gpus():
+    text = (CLUSTER / "slurm" / "train.sbatch").read_text()
+    subprocess.run(["bash", "-n", CLUSTER / "slurm" / "train.sbatch"], check=True)
+    given = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.M))
+    assert given["ntasks-per-node"] == "1" and int(given["cpus-per-task"]) >= int(given["gpus-per-node"])
+    assert given["signal"] == "B:TERM@120"
+    assert "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token" in text and "umask 077" in text
+    values = {"gpus": int(given["nodes"]) * int(given["gpus-per-node"]), "cpus": int(given["cpus-per-task"]) // int(given["gpus-per-node"])}
+    command = text[text.index("python -m mocme_dist.train") :].split("&")[0].replace("\\\n", " ")
+    command = command.replace("$gpus", str(values["gpus"])).replace("$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))", str(values["cpus"]))
+    words = shlex.split(command.replace('"$@"', "--config configs/mkg_w.yaml"))
+    launch = settings_of(words).launch
+    assert (launch.workers, launch.gpus_per_worker, launch.cpus_per_worker) == (16, 1, 8)
+    assert "--head" in text and "--include-dashboard=false" in text
+
+
+def test_the_image_installs_the_tested_set_on_a_supported_python():
+    text = (CLUSTER / "Dockerfile").read_text()
+    version = re.search(r"^FROM python:(\d+\.\d+)-slim$", text, re.M)[1]  # type: ignore[index]
+    assert PROJECT["requires-python"] == f">={version}"
+    assert "pip install --no-cache-dir -c constraints.txt ." in text and f"mocme-dist:{PROJECT['version']}" in text
+    for line in re.findall(r"^COPY (.+) \S+$", text, re.M):
+        assert all((ROOT / name).exists() for name in line.split()), line
+    assert text.index("USER ray") > text.index("RUN pip install")
+    assert {".git", ".venv", "runs"} <= set((ROOT / ".dockerignore").read_text().split())
+
+
+def test_every_file_is_in_the_readme():
+    text = (CLUSTER / "README.md").read_text()
+    for path in CLUSTER.rglob("*"):
+        if path.is_file() and path.name != "README.md":
+            assert f"`{path.relative_to(CLUSTER)}`" in text
+
+
+def local(folder: Path, *words: object, ports: int = 0, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run local.sh with its files in `folder`."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own = {"MOCME_CLUSTER_DIR": str(folder), "MOCME_CLUSTER_PORT": str(ports), "MOCME_CLUSTER_DASHBOARD_PORT": str(ports + 1)}
+    result = subprocess.run(
+        ["bash", CLUSTER / "local.sh", *map(str, words)], env={**base, **own, **env}, capture_output=True, text=True, timeout=150
+    )
+    assert not check or result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result
+
+
+def test_no_head_without_a_token_that_only_its_user_reads(tmp_path):
+    for words in (("start",), ("submit", ".", "true"), ("logs", "x"), ("cancel", "x")):
+        refused = local(tmp_path / "mine", *words, check=False)
+        assert refused.returncode == 2 and "no token" in refused.stderr
+    assert "local.sh start" in local(tmp_path / "mine", check=False).stdout
+    local(tmp_path / "mine", "token")
+    token = tmp_path / "mine" / "token"
+    assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
+    assert local(tmp_path / "mine", "token", check=False).returncode == 2
+    token.chmod(0o644)
+    assert "readable by others" in local(tmp_path / "mine", "start", check=False).stderr
+
+
+# -- one head for the tests of jobs
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` neighbouring ports that nobody has."""
+    for first in range(21000 + os.getpid() % 500 * 20, 60000, count):
+        try:
+            sockets = [socket.create_server(("127.0.0.1", first + place)) for place in range(count)]
+        except OSError:
+            continue
+        for each in sockets:
+            each.close()
+        return first
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[Path, int]]:
+    # Not pytest's folder: paths of sockets may have 107 characters.
+    folder, ports = Path(tempfile.mkdtemp(prefix="mocme-head-")), free_ports(12)
+    local(folder, "token", ports=ports)
+    local(folder, "start", 2, ports=ports, RAY_JOB_STOP_WAIT_TIME_S="60")
+    yield folder, ports
+    pid = int((folder / "pid").read_text())
+    assert "head: stopped" in local(folder, "stop", ports=ports).stdout
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIG_DFL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_jobs_are_submitted_followed_and_stopped_with_the_token_only(head, tmp_path):
+    folder, ports = head
+    address = f"http://127.0.0.1:{ports + 1}"
+    # Without the token, and with another one, nobody gets in.
+    (tmp_path / "wrong").write_text("f" * 64)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    listing = [shutil.which("ray") or "ray", "job", "list", "--address", address]
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
+    for extra, reason in (({"HOME": str(tmp_path)}, "Unauthorized"), (wrong, "Forbidden")):
+        refused = subprocess.run(listing, env={**env, **extra}, capture_output=True, text=True, timeout=60)
+        assert refused.returncode != 0 and reason in refused.stdout + refused.stderr
+    assert all(address.startswith("127.") for address in listeners(folder))
+
+    write_packed(tmp_path / "data", Planted(100, 600, 4, (3, 3), valid=0.05, test=0.05), 64)
+    work = tmp_path / "work"
+    work.mkdir()
+    settings = {
+        "modalities": ["structure", "numeric"],
+        "compile": "off",
+        "experts": {"width": 8, "num_experts": 2},
+        "mine": {"hidden": 4},
+        "negatives": {"count": 16, "chunk_size": 16},
+        "train": {"batch_size": 64, "epochs": 100_000, "eval_every": 100_000, "checkpoint_every": 2},
+        "deepspeed": {"engine": "torch"},
+        "launch": {"workers": 1},
+        "data": {"dataset": str(tmp_path / "data")},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    (work / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    train = ("python", "-m", "mocme_dist.train", "--config", "tiny.yaml")
+    # The configuration comes with the working directory; the job's output is the command's.
+    planned = local(folder, "submit", work, *train, "--plan", ports=ports).stdout
+    assert '"world_size": 1' in planned and "succeeded" in planned
+
+    submit = ["bash", CLUSTER / "local.sh", "submit", work, *train]
+    own = {"MOCME_CLUSTER_DIR": str(folder), "MOCME_CLUSTER_PORT": str(ports), "MOCME_CLUSTER_DASHBOARD_PORT": str(ports + 1)}
+    with (tmp_path / "output").open("w") as output:
+        following = subprocess.Popen(submit, env={**env, **own}, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run" / "checkpoints").glob("step_*")):
+            assert following.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()[-3000:]
+            time.sleep(0.2)
+        job = re.search(r"Job '(raysubmit_\w+)' submitted", (tmp_path / "output").read_text())[1]  # type: ignore[index]
+        local(folder, "cancel", job, ports=ports)
+        following.wait(timeout=90)
+    finally:
+        following.kill()
+    # Stopped as asked: a checkpoint of the last step, and a run that can go on.
+    status = json.loads((tmp_path / "run" / "run_status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 75), (tmp_path / "output").read_text()[-3000:]
+    assert f"Job '{job}' was stopped" in local(folder, "status", job, ports=ports).stdout
+    assert "checkpoint" in local(folder, "logs", job, ports=ports).stdout
+
+
+def listeners(folder: Path) -> list[str]:
+    """Addresses on which processes of this head listen; its folder stands in their command lines."""
+    import psutil
+
+    mine = {process.pid for process in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(process.info["cmdline"] or [])}
+    found = [
+        connection.laddr.ip for connection in psutil.net_connections("tcp") if connection.status == "LISTEN" and connection.pid in mine
+    ]
+    assert found
+    return [address.removeprefix("::ffff:") for address in found]
