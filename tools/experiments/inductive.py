@@ -68,6 +68,14 @@ def hold_out(splits: dict[str, list[Triple]], described: set[str], share: float,
     return {eligible[at] for at in chosen}
 
 
+def _copy(path: Path, target: Path) -> None:
+    """Pictures behind a link would lie outside the raw folder, which pack refuses."""
+    if path.is_dir():
+        shutil.copytree(path, target)
+    else:
+        shutil.copyfile(path, target)
+
+
 def write_raw(raw: Path, target: Path, splits: dict[str, list[Triple]], held_out: set[str]) -> None:
     """The raw folder without the held-out entities: their triples go, and with them their ids."""
     target.mkdir(parents=True, exist_ok=True)
@@ -79,7 +87,7 @@ def write_raw(raw: Path, target: Path, splits: dict[str, list[Triple]], held_out
         (target / f"{split}.txt").write_text("".join("\t".join(triple) + "\n" for triple in kept), encoding="utf8")
     for path in raw.iterdir():
         if path.name in ("text.tsv", "numeric.tsv", "images.tsv", "images") and not (target / path.name).exists():
-            (target / path.name).symlink_to(path.absolute())
+            _copy(path, target / path.name)
 
 
 def members_of(raw: Path, work: Path, config: Config, names: set[str]) -> dict[str, dict[str, bytes]]:
@@ -97,11 +105,11 @@ def members_of(raw: Path, work: Path, config: Config, names: set[str]) -> dict[s
 
 
 def raw_without_ids(raw: Path, target: Path) -> Path:
-    """Links to a raw folder's files, all but entity2id.txt."""
+    """A raw folder's files, all but entity2id.txt."""
     target.mkdir(parents=True, exist_ok=True)
     for path in raw.iterdir():
         if path.name not in ("entity2id.txt", "README.md", "SHA256SUMS") and not (target / path.name).exists():
-            (target / path.name).symlink_to(path.absolute())
+            _copy(path, target / path.name)
     return target
 
 
