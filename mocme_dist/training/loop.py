@@ -62,7 +62,7 @@ def run_training(config: Config, stop: Stop | None = None, hooks: Hooks | None =
     directory = RunDirectory(config.run.dir)
     with communication(config.launch.timeout_s) as comm:
         worker = Worker(config, open_dataset(config), comm)
-        run = Training(config, worker, directory, stop or directory.stop_file.exists, hooks or Hooks())
+        run = Training(config, worker, directory, stop or directory.stop_file.exists, hooks)
         run.train()
         return run.finish()
 
@@ -100,9 +100,9 @@ def restore(worker: Worker, saved: checkpoint.Saved) -> None:
 class Training:
     """The state of a run beside the worker's: where it stands, the best so far, when to stop."""
 
-    def __init__(self, config: Config, worker: Worker, directory: RunDirectory, stop: Stop, hooks: Hooks) -> None:
+    def __init__(self, config: Config, worker: Worker, directory: RunDirectory, stop: Stop, hooks: Hooks | None = None) -> None:
         self.config, self.worker, self.comm, self.directory, self.stop = config, worker, worker.comm, directory, stop
-        self.hooks = hooks
+        self.hooks = hooks or Hooks()
         self.saver = Saver(directory.checkpoints, config.train.num_to_keep, self.comm)
         self.steps_per_epoch = worker.maker.sampler.steps_per_epoch
         self.last_step = config.train.epochs * self.steps_per_epoch
