@@ -175,13 +175,9 @@ def test_a_second_run_is_turned_away_and_a_dead_ones_lock_is_taken_over(tiny_dat
     (run_dir / "lock").write_text(json.dumps({**lock, "started": "1"}))
     done, _ = run("mocme_dist.train", *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"the lock of process {os.getpid()}, which is gone, is taken over" in done.stderr
+    assert f"the lock of process {os.getpid()} on {socket.gethostname()}, which is gone, is taken over" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == json.loads((run_dir / "metrics.json").read_text())
     assert not (run_dir / "lock").exists()
-    (run_dir / "lock").write_text(json.dumps({**lock, "host": "elsewhere"}))
-    fails(6, r"on elsewhere since", *arguments)
-    (run_dir / "lock").write_text("")
-    fails(6, r"an unknown host .*delete lock in it", *arguments)
 
 
 def test_a_signal_saves_a_checkpoint_and_leaves_with_75(tiny_dataset, tmp_path):

@@ -169,7 +169,7 @@ def test_a_killed_driver_a_second_run_and_a_preemption_lose_nothing(featured_dat
         again.descendants()
         again.process.send_signal(signal.SIGTERM)
         code, last = again.end()
-    assert f"the lock of process {first.process.pid}, which is gone, is taken over" in again.text
+    assert re.search(rf"the lock of process {first.process.pid} on \S+, which is gone, is taken over", again.text)
     assert f"resuming from step {saved} of {LAST}" in again.text
     assert (code, last) == (75, ""), again.text[-4000:]
     stopped = int(re.search(r"error: Preempted: stopped at step (\d+) of 270; checkpoint saved", again.text)[1])  # type: ignore[index]

@@ -39,9 +39,9 @@ def run_in_pieces(comm: Any, dataset: Path, run_dir: Path, stops: list[int]) -> 
     trained: list[tuple[int, list[Query]]] = []
     original = loop.Worker.parts
 
-    def parts(self: Any, prepared: Any) -> Any:
+    def parts(self: Any, prepared: Any, *rest: Any) -> Any:
         trained.extend((batch.step, queries_of(batch)) for batch, _ in prepared)
-        return original(self, prepared)
+        return original(self, prepared, *rest)
 
     loop.Worker.parts = parts  # type: ignore[method-assign]
     try:

@@ -1,0 +1,94 @@
+"""One run in one directory: who is turned away, and whose lock is taken over, on this host and from another one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from mocme_dist.errors import LockedError
+from mocme_dist.training import lock
+from mocme_dist.training.lock import Lock
+
+ELSEWHERE = {"pid": 7, "host": "elsewhere", "since": "2024-02-03 04:05:06", "token": "theirs", "beats": 3}
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """A beat and a watch that a test can wait for."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.02)
+    monkeypatch.setattr(lock, "WATCH_S", 0.6)
+
+
+def test_a_held_lock_turns_others_away_and_a_released_one_does_not(tmp_path):
+    held = Lock(tmp_path)
+    with pytest.raises(LockedError, match=rf"locked by process {os.getpid()} on {socket.gethostname()} since .*; use another run.dir"):
+        Lock(tmp_path)
+    held.release()
+    assert list(tmp_path.iterdir()) == []
+    Lock(tmp_path).release()
+
+
+def test_a_holder_freshens_its_lock(tmp_path):
+    held, deadline = Lock(tmp_path), time.monotonic() + 10
+    while json.loads((tmp_path / "lock").read_text())["beats"] < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert json.loads((tmp_path / "lock").read_text())["beats"] >= 3
+    held.release()
+
+
+@pytest.mark.parametrize("text", [json.dumps(ELSEWHERE), "", "{", "[]", json.dumps({**ELSEWHERE, "pid": None})])
+def test_a_lock_of_another_host_that_stands_still_is_taken_over(tmp_path, text, caplog):
+    (tmp_path / "lock").write_text(text)
+    started = time.monotonic()
+    held = Lock(tmp_path)
+    assert time.monotonic() - started >= 0.6 and "is taken over" in caplog.text
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    held.release()
+
+
+def test_a_lock_of_another_host_that_is_freshened_turns_away(tmp_path):
+    over = threading.Event()
+
+    def freshen() -> None:
+        for beats in range(10_000):
+            (tmp_path / "new").write_text(json.dumps({**ELSEWHERE, "beats": beats}))
+            (tmp_path / "new").replace(tmp_path / "lock")
+            if over.wait(0.02):
+                return
+
+    thread = threading.Thread(target=freshen)
+    thread.start()
+    try:
+        while not (tmp_path / "lock").exists():
+            time.sleep(0.01)
+        with pytest.raises(LockedError, match="locked by process 7 on elsewhere since 2024-02-03 04:05:06"):
+            Lock(tmp_path)
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_who_lost_its_lock_stops_and_leaves_the_new_one(tmp_path):
+    asked = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        held = Lock(tmp_path)
+        (tmp_path / "lock").write_text(json.dumps(ELSEWHERE))
+        assert asked.wait(10)
+        held.release()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert json.loads((tmp_path / "lock").read_text())["token"] == "theirs"
+
+
+def test_a_lock_that_was_made_in_this_moment_is_not_taken_for_the_dead_one(tmp_path):
+    (tmp_path / "lock").write_text("the new one")
+    assert not lock._remove(tmp_path / "lock", "the dead one")
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"] and (tmp_path / "lock").read_text() == "the new one"
+    assert lock._remove(tmp_path / "lock", "the new one") and list(tmp_path.iterdir()) == []
