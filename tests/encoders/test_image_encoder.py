@@ -74,6 +74,27 @@ def test_vgg16_gives_the_penultimate_4096():
         assert network.eval()(torch.empty(1, 3, 224, 224)).shape == (1, 4096)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
+     "mnasnet0_5", "mobilenet_v2", "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vgg11_bn",
+     "vit_b_16"],
+)  # fmt: skip
+def test_every_family_of_torchvision_gives_what_stood_before_its_classifier(name):
+    from mocme_dist.encoders.torchvision_shim import prepare_torchvision
+
+    prepare_torchvision()
+    import torchvision
+
+    # shapes are enough; regnet computes its widths while it is built, which the meta device cannot
+    device = "cpu" if name.startswith("regnet") else "meta"
+    with torch.device(device):
+        network = torchvision.models.get_model(name, weights=None)
+        _, width = drop_classifier(network)
+        assert network.eval()(torch.empty(2, 3, 224, 224)).shape == (2, width)
+
+
 def test_weights_from_a_file_are_the_ones_that_run(tmp_path: Path):
     made = build_backbone(config(random_weights=True)).network
     state = {name: value + 0.01 if value.is_floating_point() else value for name, value in made.state_dict().items()}

@@ -13,6 +13,7 @@ import torch
 from mocme_dist.config.schema import EncodersConfig, TextEncoderConfig
 from mocme_dist.encoders.encoder import encoder_hash
 from mocme_dist.encoders.text import TextEncoder, entity_text, resolve_model, text_settings
+from mocme_dist.encoders.torchvision_shim import prepare_torchvision
 from mocme_dist.errors import ConfigError
 
 COLUMNS = ("label", "description")
@@ -124,6 +125,35 @@ def test_random_weights_need_only_a_config_and_say_so(tmp_path: Path, caplog):
 def test_a_model_that_cannot_be_had_is_a_config_error(model, message):
     with pytest.raises(ConfigError, match=message):
         text_settings(TextEncoderConfig(model=model), COLUMNS)
+
+
+def test_a_hub_name_is_found_in_the_local_cache_without_a_network(tmp_path: Path, monkeypatch):
+    prepare_torchvision()
+    from huggingface_hub import constants
+    from transformers import BertConfig, BertModel
+
+    repository, commit = tmp_path / "models--bert-base-uncased", "0" * 40
+    folder = repository / "snapshots" / commit
+    small = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    BertModel(small).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "oslo", "a", "town"]))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    encoder = TextEncoder(TextEncoderConfig(), COLUMNS)  # the default asks for bert-base-uncased by its name
+    assert encoder.collate(["Oslo a town"]) == [[2, 5, 6, 7, 3]] and encoder.encode(encoder.collate(["Oslo", "town"])).shape == (2, 16)
+
+
+@pytest.mark.slow
+def test_bert_base_of_full_size_runs_from_a_folder(tmp_path: Path):
+    prepare_torchvision()
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path)
+    encoder = TextEncoder(TextEncoderConfig(model=str(tmp_path), random_weights=True, pooling="cls"), COLUMNS)
+    assert encoder.width == 768 and encoder.encode(encoder.collate(["Oslo", "a town in Norway"])).shape == (2, 768)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path):
