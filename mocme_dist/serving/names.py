@@ -78,8 +78,8 @@ class Names:
         buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"".join(texts))]
         value_set = pyarrow.Array.from_buffers(pyarrow.large_string(), len(texts), buffers)
         found = pyarrow.compute.indices_nonzero(pyarrow.compute.is_in(self.column, value_set=value_set))
-        at = np.frombuffer(found.buffers()[1], np.uint64)[found.offset : found.offset + len(found)].astype(np.int64)
-        return dict(zip(self.take(at), at.tolist(), strict=True))
+        places = np.frombuffer(found.buffers()[1], np.uint64)[found.offset : found.offset + len(found)].astype(np.int64)
+        return dict(zip(self.take(places), places.tolist(), strict=True))
 
     def _find_one(self, name: str) -> int | None:
         """The id of one name: slice by slice, so that half the column is read on average, at 3 ns a name."""
