@@ -37,7 +37,7 @@ def quiet_worker() -> None:
     threading.excepthook = hook
 
 
-def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
+def connect_ray(min_cpus: int, log_to_driver: bool = True, trains: bool = True) -> None:
     """Make `ray` usable: join the cluster that RAY_ADDRESS names (as under `ray job submit`), else start a local one.
 
     Does nothing when Ray is initialised already. A local cluster listens on loopback only, has no dashboard and ends
@@ -47,6 +47,7 @@ def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
     Args:
         min_cpus: CPUs that the work to come asks for.
         log_to_driver: show what workers write to their standard output and error.
+        trains: workers of a local cluster quieten Ray Train first; without, every process starts a second sooner.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster of RAY_ADDRESS cannot be reached.
@@ -73,7 +74,7 @@ def connect_ray(min_cpus: int, log_to_driver: bool = True) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=log_to_driver,
             logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": "mocme_dist.cluster.quiet_worker"},
+            runtime_env={"worker_process_setup_hook": "mocme_dist.cluster.quiet_worker"} if trains else None,
         )
         log.info("ray: started a local cluster with %d CPUs", cpus)
         return

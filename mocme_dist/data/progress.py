@@ -50,6 +50,13 @@ class Progress:
             if self._bar is not None:
                 self._bar.update(count)
 
+    def raise_to(self, count: int) -> None:
+        """At least `count` units are done in all, as far as there are so many; what was counted before stays."""
+        with self._lock:
+            more = min(count, self.total) - self.done
+        if more > 0:
+            self.add(more)
+
     def line(self) -> str:
         """Done of total, rate and time left, in words."""
         elapsed = time.monotonic() - self._started

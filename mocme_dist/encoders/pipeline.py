@@ -27,6 +27,7 @@ from mocme_dist.data.files import read_json, write_json
 from mocme_dist.data.progress import Progress
 from mocme_dist.encoders.build import ENCODED, build_encoder, encoder_settings, with_absolute_paths
 from mocme_dist.encoders.encoder import Encoder, encoder_hash
+from mocme_dist.encoders.heartbeat import Heartbeat, watch
 from mocme_dist.encoders.numeric import RULE, NumericStatistics, collect_numbers, fit_numbers
 from mocme_dist.encoders.report import finish_modality, finish_report, timings
 from mocme_dist.encoders.shard import NOTHING, extract_shard, leave_out
@@ -100,6 +101,7 @@ class Workshop:
     ) -> None:
         self.directory, self.encoders, self.text_columns = directory, encoders, text_columns
         self.statistics, self.hashes = statistics, hashes
+        self.heartbeats: Path | None = None  # where actors say how far they are
         self.dataset: Dataset | None = None
         self.encoder: Encoder | None = None
 
@@ -163,9 +165,10 @@ class _Actor:
 
     def __init__(self, workshop: Workshop) -> None:
         self.workshop = workshop
+        self.on_rows = Heartbeat(workshop.heartbeats).beat if workshop.heartbeats is not None else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(self.workshop.do(json.loads(row["task"])))}
+        return {"result": json.dumps(self.workshop.do(json.loads(row["task"]), self.on_rows))}
 
 
 def _ordered(dataset: Dataset, modalities: Sequence[str]) -> list[str]:
@@ -191,7 +194,7 @@ def _run(tasks: Sequence[Task], workshop: Workshop, use_ray: bool, on_rows: Call
 
 
 def _run_ray(tasks: Sequence[Task], workshop: Workshop) -> Generator[Result, None, None]:
-    connect_ray(math.ceil(workshop.encoders.actors * workshop.encoders.cpus_per_actor))
+    connect_ray(math.ceil(workshop.encoders.actors * workshop.encoders.cpus_per_actor), trains=False)
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -222,10 +225,15 @@ def _run_all(
     before = time.monotonic()
     if not tasks:
         return results, seconds
-    with Progress("extract", sum(sizes[task["shard"]] for task in tasks)) as progress:
+    with (
+        Progress("extract", sum(sizes[task["shard"]] for task in tasks)) as progress,
+        watch(dataset.directory / "features", progress) as folder,
+    ):
+        workshop.heartbeats = folder
+        finished = 0
         for result in _run(tasks, workshop, use_ray, None if use_ray else progress.add):
-            if use_ray:
-                progress.add(sizes[result["shard"]])
+            finished += sizes[result["shard"]]
+            progress.raise_to(finished)
             results[result["kind"]].append(result)
             now = time.monotonic()
             seconds[result["kind"]] += now - before

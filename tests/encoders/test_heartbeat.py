@@ -1,0 +1,50 @@
+"""Heartbeats move the bar while a shard is on its way, and what killed runs leave is swept."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from mocme_dist.data.progress import Progress
+from mocme_dist.encoders.heartbeat import Heartbeat, rows_done, watch
+
+
+def test_rows_of_all_actors_reach_the_bar_and_the_folder_goes(tmp_path: Path):
+    with Progress("extract", 100) as progress:
+        with watch(tmp_path / "features", progress, every_s=0.01) as folder:
+            one, other = Heartbeat(folder), Heartbeat(folder)
+            one.beat(30)
+            one.beat(5)  # within the same second: written with the next
+            other.beat(12)
+            assert rows_done(folder) == 42
+            for _ in range(500):
+                if progress.done == 42:
+                    break
+                time.sleep(0.01)
+            assert progress.done == 42
+            (folder / "torn").write_text("")
+            (folder / "foreign").write_text("x")
+            assert rows_done(folder) == 42
+        assert not folder.exists()
+        progress.raise_to(40)
+        assert progress.done == 42
+        progress.raise_to(1000)  # rows done twice after an actor was lost
+        assert progress.done == 100
+
+
+def test_an_actor_without_its_folder_goes_on(tmp_path: Path):
+    Heartbeat(tmp_path / "gone").beat(3)
+
+
+def test_only_old_leavings_are_swept(tmp_path: Path):
+    old, young = tmp_path / "text" / ".tmp-1-part-000000.safetensors", tmp_path / "text" / ".tmp-2-part-000001.safetensors"
+    heart, part = tmp_path / ".progress-dead", tmp_path / "text" / "part-000000.safetensors"
+    heart.mkdir(parents=True)
+    old.parent.mkdir()
+    for path in (old, young, part, heart / "x"):
+        path.write_text("1")
+    for path in (old, part, heart):
+        os.utime(path, (time.time() - 4000,) * 2)
+    with Progress("extract", 1) as progress, watch(tmp_path, progress):
+        assert not old.exists() and not heart.exists() and young.exists() and part.exists()
