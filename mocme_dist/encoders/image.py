@@ -56,7 +56,7 @@ def image_settings(config: ImageEncoderConfig, max_pixels: int) -> dict[str, Any
     else:
         identity = {"network": config.model, "weights": _from_function(config.model)[1]}
     model = f"transformers:{Path(name).name}" if kind == "transformers" else config.model
-    return {"model": model, "size": config.size, "max_pixels": max_pixels, **identity}
+    return {"model": model, "size": config.size, "precision": config.precision, "max_pixels": max_pixels, **identity}
 
 
 def _split(model: str) -> tuple[str, str]:
@@ -231,7 +231,11 @@ class ImageEncoder:
         self.config, self.max_pixels, self.device = config, max_pixels, torch.device(device)
         self.settings = image_settings(config, max_pixels)
         backbone = build_backbone(config)
-        self.network, self.width, self.chunk = backbone.network.to(self.device), backbone.width, config.batch_size
+        self.dtype: torch.dtype = getattr(torch, config.precision)
+        # a third to two thirds faster on a CPU than channels first, and what tensor cores want
+        network = backbone.network.to(self.device, self.dtype)
+        self.network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        self.width, self.chunk = backbone.width, config.batch_size
         self.mean = torch.tensor(backbone.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(backbone.std, device=self.device).view(1, 3, 1, 1)
 
@@ -251,8 +255,10 @@ class ImageEncoder:
         Raises:
             DataError: the network gives another shape than it promised.
         """
-        pictures = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32).contiguous()
-        features = self.network(pictures.div_(255.0).sub_(self.mean).div_(self.std)).float()
+        pictures = (
+            batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=torch.channels_last)
+        )
+        features = self.network(pictures.div_(255.0).sub_(self.mean).div_(self.std).to(self.dtype)).float()
         if features.shape != (len(batch), self.width):
             raise DataError(f"encoders.image: {self.config.model} gave shape {tuple(features.shape)}, expected {(len(batch), self.width)}")
         return features.cpu().numpy()

@@ -105,6 +105,7 @@ def timings(results: Iterable[dict[str, Any]], wall_s: float) -> dict[str, Any]:
         "seconds": round(wall_s, 3),  # with the start of actors and the loading of weights
         "samples_per_s": round(samples / wall_s, 1) if wall_s else 0.0,
         "samples_per_s_per_actor": round(samples / busy, 1) if busy else 0.0,
+        "busy_fraction": round(phases["encode_s"] / busy, 4) if busy else 0.0,  # of the shards' time, in the encoder
         "phases": phases,
     }
 

@@ -158,10 +158,24 @@ def test_random_weights_repeat_and_are_said_loudly(caplog):
     assert "RANDOM WEIGHTS" in caplog.text
 
 
+def test_half_precision_is_near_and_comes_back_as_float32():
+    exact, half = (ImageEncoder(config(random_weights=True, precision=precision), LIMIT) for precision in ("float32", "bfloat16"))
+    pieces = [exact.decode({"image.0.png": picture(seed)}).pieces[0] for seed in range(3)]
+    expected, found = (encoder.encode(encoder.collate(pieces)) for encoder in (exact, half))
+    assert found.dtype == np.float32 and next(half.network.parameters()).dtype is torch.bfloat16
+    cosine = (expected * found).sum(1) / np.linalg.norm(expected, axis=1) / np.linalg.norm(found, axis=1)
+    assert cosine.min() > 0.99 and not np.array_equal(expected, found)
+
+
 def test_the_hash_follows_what_changes_the_values(tmp_path: Path):
     base = {"random_weights": True}
     torch.save({}, tmp_path / "a.pth")
-    changed = [{"size": 33}, {"model": "torchvision:squeezenet1_1"}, {"weights": str(tmp_path / "a.pth"), "random_weights": False}]
+    changed = [
+        {"size": 33},
+        {"precision": "bfloat16"},
+        {"model": "torchvision:squeezenet1_1"},
+        {"weights": str(tmp_path / "a.pth"), "random_weights": False},
+    ]
 
     def pinned(values: dict, limit: int = LIMIT, dtype: str = "float16", member_mb: int = 64) -> str:
         return encoder_hash("image", image_settings(config(**base | values), limit), EncodersConfig(dtype=dtype, max_member_mb=member_mb))

@@ -12,7 +12,7 @@ import torch
 
 from mocme_dist.config.schema import EncodersConfig, TextEncoderConfig
 from mocme_dist.encoders.encoder import encoder_hash
-from mocme_dist.encoders.text import TextEncoder, entity_text, resolve_model, text_settings
+from mocme_dist.encoders.text import TextEncoder, cut_batches, entity_text, resolve_model, text_settings
 from mocme_dist.encoders.torchvision_shim import prepare_torchvision
 from mocme_dist.errors import ConfigError
 
@@ -35,6 +35,23 @@ def test_sorted_batches_equal_a_loop_over_single_texts(pooling):
         expected = hidden.mean(dim=0) if pooling == "mean" else hidden[0]
         assert np.allclose(row, expected.numpy(), atol=1e-5)
     assert found.shape == (len(TEXTS), encoder.width) and found.dtype == np.float32
+
+
+def test_batches_hold_equal_lengths_but_for_their_first_quarter():
+    lengths = [9, 9, 9, 9, 9, 9, 9, 5, 5, 4, 3, 3, 3, 3, 3, 2, 1]
+    ranges = cut_batches(lengths, 4)
+    assert ranges == [(0, 4), (4, 7), (7, 9), (9, 10), (10, 14), (14, 15), (15, 16), (16, 17)]
+    assert cut_batches(lengths, 8) == [(0, 7), (7, 9), (9, 11), (11, 15), (15, 17)]
+    assert cut_batches([], 8) == [] and cut_batches([3, 2], 1) == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("precision, bound", [("bfloat16", 2e-2), ("float16", 3e-3)])
+def test_half_precision_is_near_and_comes_back_as_float32(precision, bound):
+    exact, half = TextEncoder(tiny(), COLUMNS), TextEncoder(tiny(precision=precision), COLUMNS)
+    expected, found = (encoder.encode(encoder.collate(TEXTS)) for encoder in (exact, half))
+    assert found.dtype == np.float32 and half.model.dtype is getattr(torch, precision)
+    error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert 0 < error.max() < bound
 
 
 def test_texts_are_cut_to_max_tokens():
@@ -71,7 +88,14 @@ def test_the_hash_follows_what_changes_the_values():
     def pinned(columns: tuple[str, ...] = COLUMNS, **values: object) -> str:
         return encoder_hash("text", text_settings(tiny(**values), columns), EncodersConfig())
 
-    hashes = [pinned(), pinned(pooling="cls"), pinned(max_tokens=17), pinned(("label",)), pinned(COLUMNS[::-1])]
+    hashes = [
+        pinned(),
+        pinned(pooling="cls"),
+        pinned(precision="bfloat16"),
+        pinned(max_tokens=17),
+        pinned(("label",)),
+        pinned(COLUMNS[::-1]),
+    ]
     assert len(set(hashes)) == len(hashes)
     assert pinned(batch_size=9) == pinned()
 
