@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -64,3 +65,32 @@ def test_help_answers_at_once():
     started = time.monotonic()
     done = extract("--help")
     assert done.returncode == 0 and "--strict" in done.stdout and time.monotonic() - started < 5
+
+
+def test_a_part_that_cannot_be_written_ends_with_its_path_and_no_leavings(directory):
+    """The kernel refuses files above a limit here, as it does where a disk is full."""
+    limit = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))"
+    )
+    command = f"{limit}; sys.argv[0] = 'extract'; import mocme_dist.commands, mocme_dist.extract; "
+    command += "mocme_dist.commands.run_command(mocme_dist.extract.main)"
+    arguments = [sys.executable, "-B", "-c", command, str(directory), "--local", *TINY, "encoders.dtype=float32"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    assert done.returncode == 7, done.stderr
+    assert "part-000000" in done.stderr and "bytes are free there" in done.stderr and "Traceback" not in done.stderr
+    left = [path.name for path in (directory / "features").rglob("*") if path.is_file()]
+    assert left == []
+    assert extract(directory, "--local", *TINY).returncode == 0
+
+
+def test_flags_reach_the_configuration(directory):
+    done = extract(directory, "--local", *TINY, "--max-missing", "0.1")
+    assert done.returncode == 3 and "1 of 3 entities have no features (33.3 %)" in done.stderr
+    shutil.rmtree(directory / "features")
+    shard = directory / "shards" / "entities-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    done = extract(directory, "--local", *TINY)
+    assert done.returncode == 3 and "entities-000000.tar" in done.stderr and "sha256" in done.stderr and "Traceback" not in done.stderr
+    done = extract(directory, "--local", *TINY, "--on-bad-shard", "skip")
+    assert done.returncode == 0 and "left out: entities-000000.tar" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["n_skipped"] == 1

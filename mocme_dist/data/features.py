@@ -29,6 +29,8 @@ FEATURES_FORMAT = 1
 _TORCH = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32}
 # Values are scanned for NaN in blocks of so many numbers: 16 MiB of float32.
 _SCAN = 1 << 22
+# Numbers of a block that is gathered at once: half a MiB of float16.
+_BLOCK = 1 << 18
 
 
 def part_path(directory: Path, shard: int) -> Path:
@@ -201,9 +203,23 @@ class FeatureStore:
             values = torch.zeros((len(rows), self.width), device=rows.device)
         elif self._residency == "mmap":
             values = self._gather_mapped(index.numpy(), present.numpy())
+        elif rows.device.type == "cpu":
+            values = self._gather_held(index, present)
         else:
             values = self._values[index].float().masked_fill_(~present[:, None], 0)
         return values.to(self._device), present.to(self._device)
+
+    def _gather_held(self, index: Tensor, present: Tensor) -> Tensor:
+        """Rows as float32, block by block: a block's own type stays in the cache until it is converted."""
+        values = torch.empty((len(index), self.width), dtype=torch.float32)
+        step = max(1, _BLOCK // max(1, self.width))
+        block = torch.empty((min(step, len(index)), self.width), dtype=self._values.dtype)
+        for start in range(0, len(index), step):
+            some = index[start : start + step]
+            torch.index_select(self._values, 0, some, out=block[: len(some)])
+            values[start : start + step] = block[: len(some)]
+        values[~present] = 0.0
+        return values
 
     def _gather_mapped(self, index: NDArray[np.int64], present: NDArray[np.bool_]) -> Tensor:
         values = np.zeros((len(index), self.width), dtype=np.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,9 +36,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise StorageError(f"{path.absolute()}: cannot be written: {error.strerror or error}") from error
+        raise StorageError(f"{path.absolute()}: cannot be written: {error.strerror or error}{_room(path.parent)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _room(folder: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(folder).free:,} bytes are free there"
+    except OSError:
+        return ""
 
 
 def sync(path: Path) -> None:
