@@ -18,7 +18,7 @@ from mocme_dist.model.mine import Mine, MineEstimate, Reduce, pairs_between, pai
 
 
 class FusionSettings(NamedTuple):
-    """Fields as in the fusion and mine sections of the configuration."""
+    """Fields as in the fusion and mine sections of the configuration; compiled: the estimates as one graph."""
 
     estimator: str = "mine"
     scope: str = "global"
@@ -30,6 +30,7 @@ class FusionSettings(NamedTuple):
     bounded: bool = True
     clip: float = 10.0
     rows: int = 0
+    compiled: bool = False
 
 
 class Fused(NamedTuple):
@@ -51,6 +52,11 @@ class Fused(NamedTuple):
     modal_MVD: Tensor
 
 
+# information_P, log_n_P and log_mean_exp_P of PairInformation; of the experts' pairs and of the modalities', None without pairs.
+PairAverages = tuple[Tensor, Tensor, Tensor]
+Averages = tuple[PairAverages | None, PairAverages | None]
+
+
 class PairInformation(nn.Module):
     """The similarity of P pairs of S views, smoothed over steps: networks of `mine`, or cosine, behind one form.
 
@@ -70,7 +76,7 @@ class PairInformation(nn.Module):
         super().__init__()
         self.settings, self.num_pairs = settings, len(pairs)
         if settings.estimator == "mine" and pairs:
-            self.mine = Mine(num_views, pairs, width, settings.hidden, generator)
+            self.mine = Mine(num_views, pairs, width, settings.hidden, generator, settings.compiled)
         left, right = zip(*pairs, strict=True) if pairs else ((), ())
         self.register_buffer("left_P", torch.tensor(left, dtype=torch.long), persistent=False)
         self.register_buffer("right_P", torch.tensor(right, dtype=torch.long), persistent=False)
@@ -181,63 +187,88 @@ class Fusion(nn.Module):
             reduce: adds a tensor over ranks.
             estimate: update the estimates and train their networks (training steps only).
         """
+        mixed = self.mix(view_MKVD, present_MV, self.averages(), flows=estimate and self.settings.weight_gradient == "flow")
+        if not estimate:
+            return mixed
+        return mixed._replace(loss=self.estimate(view_MKVD, mixed.modal_MVD, present_MV, held_out_V, reduce))
+
+    def estimate(self, view_MKVD: Tensor, z_MVD: Tensor, present_MV: Tensor, held_out_V: Tensor, reduce: Reduce) -> Tensor:
+        """Update the estimates from this step's rows; the networks' own loss, 0 for the controls.
+
+        After `mix`, which uses the averages of the steps before. Arguments as in `forward`; no gradient to the views.
+        """
+        K, loss = self.shape[1], z_MVD.new_zeros((), dtype=torch.float32)
+        views = ((self._intra, view_MKVD.flatten(0, 1), present_MV.repeat_interleave(K, 0)), (self._inter, z_MVD, present_MV))
+        for pairs, view_SVD, present_SV in views:
+            result = pairs.estimate(view_SVD.detach(), present_SV, held_out_V, reduce) if pairs is not None else None
+            loss = loss if result is None else loss + result.loss
+        return loss
+
+    @property
+    def _intra(self) -> PairInformation | None:
+        return self.intra if self.settings.estimator in ("mine", "cosine") and self.shape[1] > 1 else None
+
+    @property
+    def _inter(self) -> PairInformation | None:
+        return self.inter if self.settings.estimator in ("mine", "cosine") and self.shape[0] > 1 else None
+
+    def averages(self) -> Averages:
+        """Those of the steps before, as copies: `estimate` moves the buffers before autograd has used them."""
+        copy = lambda pairs: None if pairs is None else (pairs.information_P.clone(), pairs.log_n_P.clone(), pairs.log_mean_exp_P.clone())  # noqa: E731
+        return copy(self._intra), copy(self._inter)
+
+    def mix(self, view_MKVD: Tensor, present_MV: Tensor, averages: Averages, flows: bool) -> Fused:
+        """The weights and what they make; a pure function of views, parameters and averages.
+
+        Args:
+            averages: see there.
+            flows: the weights carry a gradient of this step's estimates to the views.
+        """
         M, K, V, D = view_MKVD.shape
         present_SV = present_MV.repeat_interleave(K, 0)
-        intra_SV, intra_loss = self._weigh_experts(view_MKVD.reshape(M * K, V, D), present_SV, held_out_V, reduce, estimate)
-        intra_MKV = intra_SV.view(M, K, V)
-        z_MVD = torch.einsum("mkv,mkvd->mvd", intra_MKV.to(view_MKVD.dtype), view_MKVD)
-        inter_MV, inter_loss = self._weigh_modalities(z_MVD, present_MV, held_out_V, reduce, estimate)
-        z_VD = torch.einsum("mv,mvd->vd", inter_MV.to(z_MVD.dtype), z_MVD)
+        intra_MKV = self._weigh_experts(view_MKVD.reshape(M * K, V, D), present_SV, averages[0], flows).view(M, K, V)
+        z_MVD = (intra_MKV.to(view_MKVD.dtype)[..., None] * view_MKVD).sum(1) if K > 1 else view_MKVD[:, 0]
+        inter_MV = self._weigh_modalities(z_MVD, present_MV, averages[1], flows)
+        z_VD = (inter_MV.to(z_MVD.dtype)[..., None] * z_MVD).sum(0)
         with torch.no_grad():
             count_M = present_MV.sum(1).clamp_min(1)
             mean_MK = (intra_MKV * present_MV[:, None]).sum(2) / count_M[:, None]
             mean_M = (inter_MV * present_MV).sum(1) / count_M
-        return Fused(z_VD, intra_loss + inter_loss, mean_MK, mean_M, inter_MV.T, z_MVD.detach())
+        zero = z_VD.new_zeros((), dtype=torch.float32)
+        return Fused(z_VD, zero, mean_MK, mean_M, inter_MV.T, z_MVD.detach())
 
-    def _weigh_experts(
-        self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _weigh_experts(self, view_SVD: Tensor, present_SV: Tensor, average: PairAverages | None, flows: bool) -> Tensor:
+        """(S, V), summing to 1 over the experts of a modality."""
         (M, K), V = self.shape, view_SVD.shape[1]
-        zero = view_SVD.new_zeros((), dtype=torch.float32)
-        if self.settings.estimator == "attention":
+        if K > 1 and self.settings.estimator == "attention":
             score_SV = torch.einsum("svd,sd->sv", torch.tanh(view_SVD), self.intra_query_MKD.flatten(0, 1)).float()
-            return score_SV.view(M, K, V).softmax(1).view(M * K, V), zero
-        if self.settings.estimator == "uniform" or K == 1:
-            return torch.full((M * K, V), 1 / K, device=view_SVD.device), zero
-        redundancy_SV, loss = self._redundancy(self.intra, view_SVD, present_SV, held_out_V, reduce, estimate)
-        return (-redundancy_SV).view(M, K, V).softmax(1).view(M * K, V), loss
+            return score_SV.view(M, K, V).softmax(1)
+        if self._intra is None or average is None:
+            return torch.full((M * K, V), 1 / K, device=view_SVD.device)
+        return (-self._redundancy(self._intra, view_SVD, present_SV, average, flows)).view(M, K, V).softmax(1)
 
-    def _weigh_modalities(
-        self, z_MVD: Tensor, present_MV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool
-    ) -> tuple[Tensor, Tensor]:
-        M, V, _ = z_MVD.shape
-        loss = z_MVD.new_zeros((), dtype=torch.float32)
-        score_MV = z_MVD.new_zeros((M, V), dtype=torch.float32)
+    def _weigh_modalities(self, z_MVD: Tensor, present_MV: Tensor, average: PairAverages | None, flows: bool) -> Tensor:
+        """(M, V), summing to 1 over the modalities that an entity has; 0 without any."""
+        score_MV = z_MVD.new_zeros(z_MVD.shape[:2], dtype=torch.float32)
         if self.settings.estimator == "attention":
             score_MV = torch.einsum("mvd,md->mv", torch.tanh(z_MVD), self.inter_query_MD).float()
-        elif self.settings.estimator != "uniform" and M > 1:
-            redundancy_MV, loss = self._redundancy(self.inter, z_MVD, present_MV, held_out_V, reduce, estimate)
-            score_MV = -redundancy_MV
+        elif self._inter is not None and average is not None:
+            score_MV = -self._redundancy(self._inter, z_MVD, present_MV, average, flows)
         # -1e9 and not -inf: a row without any modality then gives finite weights, which the mask turns to 0.
-        return score_MV.masked_fill(~present_MV, -1e9).softmax(0) * present_MV, loss
+        return score_MV.masked_fill(~present_MV, -1e9).softmax(0) * present_MV
 
-    def _redundancy(
-        self, pairs: PairInformation, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, reduce: Reduce, estimate: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(S, V) mean redundancy of each view with its siblings, and the networks' loss."""
-        used_P, log_n_P, log_mean_exp_P = pairs.information_P.clone(), pairs.log_n_P.clone(), pairs.log_mean_exp_P.clone()
+    def _redundancy(self, pairs: PairInformation, view_SVD: Tensor, present_SV: Tensor, average: PairAverages, flows: bool) -> Tensor:
+        """(S, V) mean redundancy of each view with its siblings."""
+        used_P, log_n_P, log_mean_exp_P = average
         present_PV = present_SV[pairs.left_P] & present_SV[pairs.right_P]
-        result = pairs.estimate(view_SVD, present_SV, held_out_V, reduce) if estimate else None
-        loss = view_SVD.new_zeros((), dtype=torch.float32) if result is None else result.loss
-        flows = self.settings.weight_gradient == "flow"
-        views = view_SVD if flows else view_SVD.detach()
+        views = view_SVD if self.settings.weight_gradient == "flow" else view_SVD.detach()
         if self.settings.scope == "entity":
             information_PV = pairs.pointwise(views, log_mean_exp_P)
         else:
-            if estimate and flows:
+            if flows:
                 # The value is the average's, the gradient this step's estimate on this rank's rows.
                 fresh_P = pairs.differentiable(views, present_SV)
                 used_P = used_P + (fresh_P - fresh_P.detach())
             information_PV = used_P[:, None].expand(-1, view_SVD.shape[1])
         redundancy_PV = pairs.redundancy(information_PV, log_n_P)
-        return mean_over_siblings(redundancy_PV, pairs.left_P, pairs.right_P, view_SVD.shape[0], present_PV), loss
+        return mean_over_siblings(redundancy_PV, pairs.left_P, pairs.right_P, view_SVD.shape[0], present_PV)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mocme_dist.model.entropy import Weighting, negative_weights
+from mocme_dist.model.graphs import one_graph
 from mocme_dist.model.pool import pool_distance
 from mocme_dist.model.rotate import distance, rotate
 
@@ -99,10 +99,7 @@ def _forward(
 @cache
 def _compiled(settings: LossSettings) -> Callable[..., tuple[Tensor, ...]]:
     """One graph for these settings. Batches have fixed shapes, so after the first step nothing is compiled again."""
-    # A code object of its own: the compiler counts the graphs of a code object and gives up at a few.
-    own = FunctionType(_forward.__code__.replace(), _forward.__globals__, "completion_loss")
-    own.__kwdefaults__ = {"settings": settings}
-    return torch.compile(own, dynamic=False, fullgraph=True)
+    return one_graph(_forward, settings=settings)
 
 
 def completion_loss(

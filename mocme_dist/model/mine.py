@@ -13,10 +13,13 @@ T is clipped inside the exponential (SMILE), and the result is capped at log n. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from mocme_dist.model.graphs import one_graph, vary
 
 # Sums over ranks; the identity where there is one. The model knows no ranks, the caller passes this in.
 Reduce = Callable[[Tensor], Tensor]
@@ -51,24 +54,55 @@ def pairs_between(num_modalities: int) -> list[tuple[int, int]]:
     return [(m, n) for m in range(num_modalities) for n in range(m + 1, num_modalities)]
 
 
-def next_valid(valid_PV: Tensor) -> Tensor:
-    """For every row the next valid row after it, cyclically; its own index where no row is valid.
+class Shift(NamedTuple):
+    """The marginal sample: for every row of a pair the next and the one before it, cyclically, among the valid rows.
+
+    On the valid rows the two are inverse permutations; next of an invalid row is the first valid one after it.
+    Both are the row's own index where no row is valid.
+    """
+
+    next_PV: Tensor
+    previous_PV: Tensor
+    valid_PV: Tensor
+
+
+def shift_valid(valid_PV: Tensor) -> Shift:
+    """By counting, not by searching: row number c among the valid ones is followed by number c + 1.
 
     Args:
         valid_PV: (P, V) bool.
-
-    Returns:
-        (P, V) int64.
     """
     V = valid_PV.shape[1]
-    place = torch.arange(V, device=valid_PV.device).expand_as(valid_PV)
-    own = torch.where(valid_PV, place, V)
-    # Smallest valid place at or after each position, by a running minimum from the right.
-    at_or_after = own.flip(1).cummin(1).values.flip(1)
-    first = at_or_after[:, :1]
-    after = torch.cat([at_or_after[:, 1:], torch.full_like(first, V)], 1)
-    following = torch.where(after < V, after, first)
-    return torch.where(following < V, following, place)
+    place_PV = torch.arange(V, device=valid_PV.device).expand_as(valid_PV)
+    seen_PV = valid_PV.long().cumsum(1)  # valid rows up to and with this one
+    count_P1 = seen_PV[:, -1:]
+    # Place of each valid row by its number; invalid rows write to a slot that nobody reads.
+    place_of_PW = place_PV.new_zeros(len(valid_PV), V + 1).scatter(1, torch.where(valid_PV, seen_PV - 1, V), place_PV)
+    turn = lambda number_PV: place_of_PW.gather(1, number_PV.remainder(count_P1.clamp_min(1)))  # noqa: E731
+    some_P1 = count_P1 > 0
+    return Shift(torch.where(some_P1, turn(seen_PV), place_PV), torch.where(some_P1, turn(seen_PV - 2), place_PV), valid_PV)
+
+
+def shift_halves(train_PV: Tensor, estimate_PV: Tensor, held_out_V: Tensor) -> Shift:
+    """Each half of the rows shifted within itself; `held_out_V` says which half a row is in."""
+    train, estimate = shift_valid(train_PV), shift_valid(estimate_PV)
+    return Shift(*(torch.where(held_out_V, of_estimate, of_train) for of_train, of_estimate in zip(train, estimate, strict=True)))
+
+
+class _ShiftRows(torch.autograd.Function):
+    """Rows at their next ones. Backward is a shift the other way, no scatter: invalid rows must get no gradient."""
+
+    @staticmethod
+    def forward(ctx, value_PVH: Tensor, next_PV: Tensor, previous_PV: Tensor, valid_PV: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        """(P, V, H)."""
+        ctx.save_for_backward(previous_PV, valid_PV)
+        return value_PVH.gather(1, next_PV[..., None].expand_as(value_PVH))
+
+    @staticmethod
+    def backward(ctx, grad_PVH: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+        """(P, V, H)."""
+        previous_PV, valid_PV = ctx.saved_tensors
+        return grad_PVH.gather(1, previous_PV[..., None].expand_as(grad_PVH)) * valid_PV[..., None], None, None, None
 
 
 class StatisticsNetworks(nn.Module):
@@ -90,12 +124,12 @@ class StatisticsNetworks(nn.Module):
         self.register_buffer("left_P", torch.tensor(left, dtype=torch.long), persistent=False)
         self.register_buffer("right_P", torch.tensor(right, dtype=torch.long), persistent=False)
 
-    def forward(self, view_SVD: Tensor, partner_PV: Tensor | None, frozen: bool) -> tuple[Tensor, Tensor | None]:
-        """T on joint rows and, with partners, on marginal pairs (row i left, its partner right), each (P, V) float32.
+    def forward(self, view_SVD: Tensor, shift: Shift | None, frozen: bool) -> tuple[Tensor, Tensor | None]:
+        """T on joint rows and, with a shift, on marginal pairs (row i left, the next one right), each (P, V) float32.
 
         Args:
             view_SVD: (S, V, D) standardised views.
-            partner_PV: (P, V) rows to pair with, or None for the joint rows alone.
+            shift: the marginal sample, or None for the joint rows alone; only its valid rows may get a gradient.
             frozen: no gradient to the networks, only to the views.
         """
         take = (lambda parameter: parameter.detach()) if frozen else (lambda parameter: parameter)
@@ -104,13 +138,13 @@ class StatisticsNetworks(nn.Module):
         left_PVH = sides_SVH[self.left_P, :, :H] + take(self.first_bias_PH)[:, None]
         right_PVH = sides_SVH[self.right_P, :, H:]
         first_PWH = left_PVH + right_PVH
-        if partner_PV is not None:
-            shuffled_PVH = right_PVH.gather(1, partner_PV[..., None].expand_as(right_PVH))
+        if shift is not None:
+            shuffled_PVH = _ShiftRows.apply(right_PVH, *shift)
             # One product for both: the second layer sees joint and marginal rows side by side.
             first_PWH = torch.cat([first_PWH, left_PVH + shuffled_PVH], 1)
         second_PWH = torch.relu(torch.baddbmm(take(self.second_bias_PH)[:, None], torch.relu(first_PWH), take(self.second_PHH)))
         value_PW = (second_PWH * take(self.last_PH)[:, None]).sum(-1).float()
-        if partner_PV is None:
+        if shift is None:
             return value_PW, None
         joint_PV, marginal_PV = value_PW.chunk(2, 1)
         return joint_PV, marginal_PV
@@ -124,8 +158,11 @@ class Mine(nn.Module):
     deviation_SD: Tensor
     num_updates: Tensor
 
-    def __init__(self, num_views: int, pairs: list[tuple[int, int]], width: int, hidden: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, num_views: int, pairs: list[tuple[int, int]], width: int, hidden: int, generator: torch.Generator, compiled: bool = False
+    ) -> None:
         super().__init__()
+        self.compiled = compiled
         self.networks = StatisticsNetworks(num_views, pairs, width, hidden, generator)
         # Moving average of E[exp T'] of the training half: MINE's correction of the gradient's bias.
         self.register_buffer("mean_exp_P", torch.zeros(len(pairs)))
@@ -147,7 +184,7 @@ class Mine(nn.Module):
     def differentiable(self, view_SVD: Tensor, present_SV: Tensor, bounded: bool, clip: float) -> Tensor:
         """(P,) this rank's estimate from all its rows, with a gradient to the views only."""
         present_PV = present_SV[self.networks.left_P] & present_SV[self.networks.right_P]
-        joint_PV, marginal_PV = self.networks(self.standardise(view_SVD), next_valid(present_PV), frozen=True)
+        joint_PV, marginal_PV = self.networks(self.standardise(view_SVD), shift_valid(present_PV), frozen=True)
         marginal_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
         n_P = present_PV.sum(1).clamp_min(1)
         log_mean_exp_P = torch.logsumexp(marginal_PV.masked_fill(~present_PV, -1e9), 1) - n_P.log()
@@ -164,27 +201,16 @@ class Mine(nn.Module):
             bounded, clip: see the mine section of the configuration.
         """
         view_SVD = view_SVD.detach()
-        present_PV = present_SV[self.networks.left_P] & present_SV[self.networks.right_P]
-        train_PV = present_PV & ~held_out_V if bounded else present_PV
-        estimate_PV = present_PV & held_out_V if bounded else present_PV
-        partner_PV = torch.where(held_out_V, next_valid(estimate_PV), next_valid(train_PV)) if bounded else next_valid(present_PV)
-        joint_PV, marginal_PV = self.networks(self.standardise(view_SVD), partner_PV, frozen=False)
+        compiled = self.compiled and vary([view_SVD, present_SV], 1) and vary([held_out_V], 0)
+        joint_PV, marginal_PV, exp_PV, train_PV, sums = (self._graph if compiled else _statistics)(
+            self, view_SVD, present_SV, held_out_V, bounded=bounded, clip=clip
+        )
         with torch.no_grad():
-            clipped_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
-            # float64: without the clip, exp of a diverging T must not overflow before anybody has seen it.
-            exp_PV = clipped_PV.double().exp()
-            sums = [
-                train_PV.sum(1),
-                (exp_PV * train_PV).sum(1),
-                estimate_PV.sum(1),
-                (joint_PV * estimate_PV).sum(1),
-                (exp_PV * estimate_PV).sum(1),
-            ]
-            moments = _moments(view_SVD, present_SV)
             # One reduction for everything that ranks must agree on.
-            reduced = reduce(torch.cat([torch.stack([value.double() for value in sums]).flatten(), moments]))
-            trained_P, train_exp_P, count_P, joint_P, exp_P = reduced[: -len(moments)].view(5, -1)
-            self._follow_views(reduced[-len(moments) :])
+            P = len(self.mean_exp_P)
+            reduced = reduce(sums)
+            trained_P, train_exp_P, count_P, joint_P, exp_P = reduced[: 5 * P].view(5, P)
+            self._follow_views(reduced[5 * P :])
             n_P = count_P.clamp_min(1)
             log_mean_exp_P = torch.log((exp_P / n_P).clamp_min(1e-30))
             information_P = (joint_P / n_P - log_mean_exp_P).clamp_min(0)
@@ -197,6 +223,10 @@ class Mine(nn.Module):
         pushed_PV = exp_PV * (1 + marginal_PV - marginal_PV.detach())
         ascent_P = (joint_PV * weight_PV).sum(1) - (pushed_PV * weight_PV).sum(1) / self.mean_exp_P.clamp_min(1e-30)
         return MineEstimate(-ascent_P.sum().float(), information_P.float(), n_P.log().float(), log_mean_exp_P.float(), count_P >= 2)
+
+    @cached_property
+    def _graph(self) -> Callable[..., tuple[Tensor, ...]]:
+        return one_graph(_statistics)
 
     def _follow_views(self, moments: Tensor) -> None:
         """Move the columns' mean and deviation towards this step's, which `_moments` summed over ranks."""
@@ -215,6 +245,35 @@ class Mine(nn.Module):
         moved_P = torch.where(self.mean_exp_P == 0, mean_exp_P, 0.9 * self.mean_exp_P + 0.1 * mean_exp_P)
         # Averaged in, a step without rows would count as E[exp T'] = 0, and the gradient is divided by the average.
         self.mean_exp_P.copy_(torch.where(moves_P, moved_P, self.mean_exp_P))
+
+
+def _statistics(
+    mine: Mine, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, *, bounded: bool, clip: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the networks say about this rank's rows: all the work of `Mine.forward` that needs no other rank.
+
+    Returns:
+        T on joint and on marginal rows and exp of the latter, clipped with `bounded`, the rows that train, each (P, V);
+        and the sums that ranks add up, flat, float64.
+    """
+    present_PV = present_SV[mine.networks.left_P] & present_SV[mine.networks.right_P]
+    train_PV = present_PV & ~held_out_V if bounded else present_PV
+    estimate_PV = present_PV & held_out_V if bounded else present_PV
+    shift = shift_halves(train_PV, estimate_PV, held_out_V) if bounded else shift_valid(present_PV)
+    joint_PV, marginal_PV = mine.networks(mine.standardise(view_SVD), shift, frozen=False)
+    clipped_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
+    # float64: without the clip, exp of a diverging T must not overflow before anybody has seen it.
+    exp_PV = clipped_PV.detach().double().exp()
+    estimated_PV = joint_PV.detach()
+    sums_P = [
+        train_PV.sum(1),
+        (exp_PV * train_PV).sum(1),
+        estimate_PV.sum(1),
+        (estimated_PV * estimate_PV).sum(1),
+        (exp_PV * estimate_PV).sum(1),
+    ]
+    sums = torch.cat([torch.stack([value.double() for value in sums_P]).flatten(), _moments(view_SVD, present_SV)])
+    return joint_PV, marginal_PV, exp_PV, train_PV, sums
 
 
 def _moments(view_SVD: Tensor, present_SV: Tensor) -> Tensor:

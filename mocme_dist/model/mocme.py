@@ -6,7 +6,8 @@ tensors on one device. Ranks, tables and engines are elsewhere; what must be sum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,19 @@ from torch import Tensor, nn
 
 from mocme_dist.errors import ShapeError
 from mocme_dist.model.experts import Experts, NoExperts
-from mocme_dist.model.fusion import Fused, Fusion, FusionSettings
+from mocme_dist.model.fusion import Averages, Fused, Fusion, FusionSettings
+from mocme_dist.model.graphs import one_graph, vary
 from mocme_dist.model.mine import Reduce
 from mocme_dist.model.projection import Projections
 from mocme_dist.model.rotate import Relations
 
 
 class ModelSettings(NamedTuple):
-    """Sizes and switches; see the projection, experts and fusion sections of the configuration."""
+    """Sizes and switches; see the projection, experts and fusion sections of the configuration.
+
+    compiled: training encodes by one compiled graph; evaluation never does, so
+    that its vectors do not depend on it.
+    """
 
     width: int = 256
     num_experts: int = 3
@@ -33,6 +39,7 @@ class ModelSettings(NamedTuple):
     structure: str = "mlp"
     gamma: float = 12.0
     fusion: FusionSettings = FusionSettings()
+    compiled: bool = False
 
 
 def alone(value: Tensor) -> Tensor:
@@ -63,7 +70,7 @@ class MoCME(nn.Module):
             self.projections = Projections(raw_widths, settings.projection_hidden or D, D, settings.projection_dropout, settings.structure)
         mixed = settings.experts == "mlp"
         self.experts = Experts(M, K, D, settings.experts_dropout, settings.residual, generator) if mixed else NoExperts()
-        self.fusion = Fusion(M, K, D, settings.fusion, generator)
+        self.fusion = Fusion(M, K, D, settings.fusion._replace(compiled=settings.compiled), generator)
         self.relations = Relations(num_relations, D, generator)
         # RotatE's initial range: with parts near 1 the distances of D / 2 moduli start near gamma, not far above.
         self.scale = (settings.gamma + 2) / D
@@ -90,9 +97,26 @@ class MoCME(nn.Module):
         """
         if set(raw) != set(self.modalities):
             raise ShapeError(f"MoCME.encode: features of {sorted(raw)}, expected {sorted(self.modalities)}")
-        x_MVD = self.projections(raw) * present_MV[..., None]
-        view_MKVD = self.experts(x_MVD)
-        if held_out_V is None:
-            held_out_V = torch.zeros(present_MV.shape[1], dtype=torch.bool, device=present_MV.device)
-        fused = self.fusion(view_MKVD, present_MV, held_out_V, reduce, estimate)
-        return fused._replace(z_VD=fused.z_VD.float() * self.scale)
+        fusion = self.settings.fusion
+        flows = estimate and fusion.weight_gradient == "flow"
+        # Gradients that pass through the statistics networks need buffers that `estimate` moves: only copies would do.
+        plain = fusion.weight_gradient == "stop" and fusion.scope == "global"
+        compiled = self.settings.compiled and plain and self.training and torch.is_grad_enabled()
+        compiled = compiled and vary(list(raw.values()), 0) and vary([present_MV], 1)
+        z_VD, view_MKVD, fused = (self._graph if compiled else _mix)(self, dict(raw), present_MV, self.fusion.averages(), flows)
+        if estimate:
+            held_out_V = torch.zeros(present_MV.shape[1], dtype=torch.bool, device=present_MV.device) if held_out_V is None else held_out_V
+            fused = fused._replace(loss=self.fusion.estimate(view_MKVD, fused.modal_MVD, present_MV, held_out_V, reduce))
+        return fused._replace(z_VD=z_VD)
+
+    @cached_property
+    def _graph(self) -> Callable[..., tuple[Tensor, Tensor, Fused]]:
+        return one_graph(_mix)
+
+
+def _mix(model: MoCME, raw: dict[str, Tensor], present_MV: Tensor, averages: Averages, flows: bool) -> tuple[Tensor, Tensor, Fused]:
+    """What `encode` does before it estimates: scaled vectors (V, D), the experts' views, and what fusion gives."""
+    x_MVD = model.projections(raw) * present_MV[..., None]
+    view_MKVD = model.experts(x_MVD)
+    fused = model.fusion.mix(view_MKVD, present_MV, averages, flows)
+    return fused.z_VD.float() * model.scale, view_MKVD.detach(), fused

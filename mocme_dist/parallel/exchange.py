@@ -77,7 +77,7 @@ class Exchange(torch.autograd.Function):
     def forward(ctx, z_VD: Tensor, route: Route) -> Tensor:  # type: ignore[no-untyped-def]
         """(V, D) this rank's vectors to (U, D) the asked ones, in the order of the ids asked for."""
         ctx.route, ctx.num_rows = route, len(z_VD)
-        return _swap(z_VD[route.asked_A], route.wanted_counts, route.asked_counts)
+        return _swap(z_VD.index_select(0, route.asked_A), route.wanted_counts, route.asked_counts)
 
     @staticmethod
     def backward(ctx, grad_UD: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
@@ -97,4 +97,6 @@ def _swap(value: Tensor, receive: list[int], send: list[int]) -> Tensor:
 
 def exchange(z_VD: Tensor, route: Route) -> Tensor:
     """(U, D) vectors that this rank asked for, from the (V, D) that all ranks computed; differentiable."""
+    if len(route.asked_counts) == 1:
+        return z_VD  # one rank asks itself for all rows in order
     return Exchange.apply(z_VD, route)

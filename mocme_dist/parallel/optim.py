@@ -76,7 +76,7 @@ class RowOptimizer:
         """
         for begin in range(0, len(rows_V), _BLOCK):
             part_V, part_VD = rows_V[begin : begin + _BLOCK], grad_VD[begin : begin + _BLOCK]
-            value_VD = rows_rD[part_V].float()
+            value_VD = rows_rD.index_select(0, part_V).float()
             if self.weight_decay:
                 part_VD = part_VD + self.weight_decay * value_VD
             direction_VD = (self._adam if self.kind == "adam" else self._adagrad)(part_V, part_VD, step)

@@ -99,7 +99,7 @@ class EntityTable:
 
     def look_up(self, rows_V: Tensor) -> Tensor:
         """(V, D) float32 copies of local rows."""
-        return self.rows_rD[rows_V].float()
+        return self.rows_rD.index_select(0, rows_V).float()
 
     def gather(self, rows_V: Tensor) -> Tensor:
         """(V, D) float32 copies of local rows, a leaf that collects their gradient."""

@@ -33,6 +33,11 @@ class EntityInput(NamedTuple):
     held_out_V: Tensor
 
 
+def take(z_UD: Tensor, index: Tensor) -> Tensor:
+    """Rows at an index of any shape. Indexing by brackets does the same; its backward is four times slower on a CPU."""
+    return z_UD.index_select(0, index.flatten()).view(*index.shape, -1)
+
+
 class StepModule(nn.Module):
     """The dense part of the model, and the whole forward pass of a rank."""
 
@@ -56,11 +61,11 @@ class StepModule(nn.Module):
             z_UD = exchange(fused.z_VD, route)
         with self.timer.phase("loss"):
             loss, stats = completion_loss(
-                z_UD[batch.source_Gb],
+                take(z_UD, batch.source_Gb),
                 self.model.relations(batch.relation_Gb),
                 batch.sign_Gb,
-                z_UD[batch.target_Gb],
-                z_UD[batch.pool_GN],
+                take(z_UD, batch.target_Gb),
+                take(z_UD, batch.pool_GN),
                 batch.allowed_GbN,
                 batch.weight_Gb,
                 self.loss,

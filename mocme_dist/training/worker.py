@@ -85,7 +85,9 @@ class Worker:
         self.stores = self._open_stores()
         self.compiled = use_compiler(config.compile, comm.device)
         raw_widths = {name: config.experts.width if name == "structure" else self.stores[name].width for name in self.modalities}
-        self.model = MoCME(raw_widths, dataset.num_relations, model_settings(config), config.train.seed).to(comm.device)
+        # ZeRO-3 fetches parameters in hooks of the modules, which a graph cannot hold.
+        settings = model_settings(config)._replace(compiled=self.compiled and config.deepspeed.stage < 3)
+        self.model = MoCME(raw_widths, dataset.num_relations, settings, config.train.seed).to(comm.device)
         self._set_statistics()
         self.table = self._make_engine()
         sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mocme_dist.model.mine import Mine, StatisticsNetworks, next_valid, pairs_between, pairs_within
+from mocme_dist.model.mine import Mine, Shift, StatisticsNetworks, pairs_between, pairs_within, shift_valid
 
 S, V, D, H = 3, 10, 4, 5
 PAIRS = [(0, 1), (0, 2), (1, 2)]
@@ -22,17 +22,19 @@ def test_pairs_are_each_once_and_stay_inside_a_modality():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 13])
-def test_next_valid_is_what_a_search_finds(count):
+def test_shift_is_what_a_search_finds_and_its_own_inverse(count):
     gen = torch.Generator().manual_seed(count)
     shares = (0.0, 0.1, 0.3, 0.7, 1.0)
     valid = torch.stack([torch.rand(count, generator=gen) < share for share in shares for _ in range(5)])
-    found = next_valid(valid)
-    assert found.dtype == torch.int64
+    found, back, _ = shift_valid(valid)
+    assert found.dtype == back.dtype == torch.int64
     for p, row in enumerate(valid.tolist()):
         for place in range(count):
             following = [(place + step) % count for step in range(1, count + 1)]
             expected = next((other for other in following if row[other]), place)
             assert found[p, place] == expected
+            if row[place]:
+                assert back[p, expected] == place
 
 
 class PlainNetwork(nn.Module):
@@ -67,7 +69,7 @@ def test_batched_networks_equal_a_loop_of_plain_ones():
     view = torch.randn(S, V, D, generator=gen).requires_grad_()
     partner = torch.stack([torch.randperm(V, generator=gen) for _ in PAIRS])
     slope = torch.randn(2, len(PAIRS), V, generator=gen)
-    joint, marginal = module(view, partner, frozen=False)
+    joint, marginal = module(view, Shift(partner, partner.argsort(1), torch.ones_like(partner, dtype=torch.bool)), frozen=False)
     ((joint * slope[0]).sum() + (marginal * slope[1]).sum()).backward()
 
     view_twin = view.detach().clone().requires_grad_()

@@ -1,0 +1,35 @@
+"""torch.compile as this package uses it: one graph without breaks, for one purpose, compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def one_graph(function: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    """`function` as one compiled graph; a break is an error.
+
+    Args:
+        function: a plain function of tensors.
+        fixed: its keyword arguments that are constants of the graph.
+    """
+    # A code object of its own: the compiler counts the graphs of a code object and gives up at a few.
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    own.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **fixed}
+    return torch.compile(own, dynamic=False, fullgraph=True)
+
+
+def vary(values: Sequence[Tensor], dim: int) -> bool:
+    """Tell the compiler that a dimension differs from step to step, so that one graph serves all; whether it can.
+
+    Sizes 0 and 1 are special to it, and rare: such a step runs without it.
+    """
+    if any(value.shape[dim] < 2 for value in values):
+        return False
+    for value in values:
+        torch._dynamo.mark_dynamic(value, dim)
+    return True
