@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from tools.bench import all as bench_all
+from tools.bench import step as bench_step
 from tools.bench.common import finish, is_met, measure, row, spread
 from tools.bench.eager_rotate import EagerRotatE
+from tools.bench.workload import FULL, STRUCTURE_ONLY, make_graph, step_config, timed_steps
 
 
 def test_bars_are_read():
@@ -75,6 +77,21 @@ def test_all_tells_of_a_bench_that_fails(tmp_path, monkeypatch, capsys):
         bench_all.main()
     assert ended.value.code == 1 and "loss, mine" in capsys.readouterr().out
     assert "PARITY FAILED" in (tmp_path / "R.md").read_text()
+
+
+def test_steps_of_the_real_loop_are_timed_phase_by_phase(tmp_path):
+    dataset = make_graph(tmp_path, 150, 600, {"text": 6, "numeric": 4})
+    small = ("compile=off", "deepspeed.engine=torch", "mine.hidden=4")
+    for name, overrides in (("structure", STRUCTURE_ONLY), ("full", FULL)):
+        config = step_config(dataset, tmp_path / name, *overrides, *small, queries=256, negatives=8, width=8)
+        timed = timed_steps(config, 4, 2)
+        assert len(timed.step_s) == 4 and min(timed.step_s) > 0 and timed.prepare_s > 0
+        assert {"wait", "lookup", "encode", "exchange", "loss", "agree", "backward", "update"} <= timed.phases.keys()
+        assert sum(timed.phases.values()) < 1.5 * max(timed.step_s)
+    (overhead,) = (figure for figure in bench_step.figures("full", timed, 256) if figure["name"] == "host_overhead")
+    assert 0 < overhead["value"] < 1 and overhead["bar"] == "<= 0.1"
+    sizes = {"queries": 256, "negatives": 8, "width": 8}
+    assert np.isfinite(bench_step.first_loss(step_config(dataset, tmp_path / "first", *FULL, *small, **sizes)))
 
 
 def test_the_eager_peers_compute_the_published_loss():

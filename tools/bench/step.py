@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from mocme_dist.config import Config
 from mocme_dist.parallel.comm import communication
 from mocme_dist.training.worker import Worker, open_dataset
 from tools.bench.common import ceilings, finish, row, spread
@@ -26,9 +27,8 @@ INSIDE = ("encode", "loss", "backward", "update")
 WIDTHS = {"text": 384, "numeric": 128}
 
 
-def first_loss(dataset: Path, run_dir: Path, compiled: str) -> float:
+def first_loss(config: Config) -> float:
     """Mean loss of the first batch, forward only."""
-    config = step_config(dataset, run_dir, *FULL, f"compile={compiled}")
     with communication(60) as comm, torch.no_grad():
         worker = Worker(config, open_dataset(config), comm)
         (part,) = worker.parts(worker.prepare(0), 0)
@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mocme-bench-") as temporary, communication(60):
         folder = Path(temporary)
         dataset = make_graph(folder, widths=WIDTHS)
-        plain, compiled = first_loss(dataset, folder / "off", "off"), first_loss(dataset, folder / "on", "auto")
+        plain, compiled = (first_loss(step_config(dataset, folder / how, *FULL, f"compile={how}")) for how in ("off", "auto"))
         rows = []
         for name, overrides in (("structure", STRUCTURE_ONLY), ("full", FULL)):
             rows += figures(name, timed_steps(step_config(dataset, folder / name, *overrides), steps, 6), 1024)
