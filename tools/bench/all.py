@@ -28,13 +28,17 @@ def run(name: str, quick: bool) -> dict[str, Any] | None:
     """The closing line of one benchmark, which shows its own figures; None when it failed."""
     command = [sys.executable, "-m", f"tools.bench.{name}", *(["--quick"] if quick else [])]
     print(f"== {' '.join(command[1:])}", flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=FOLDER.parents[1])
-    lines = done.stdout.strip().splitlines()
-    print("\n".join(lines[:-1]), flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER.parents[1]) as running:
+        assert running.stdout is not None
+        lines = []
+        for line in running.stdout:
+            lines.append(line.rstrip("\n"))
+            if not line.startswith('{"bench"'):
+                print(lines[-1], flush=True)
     try:
         found: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, ValueError):
-        print(f"{name}: ended with {done.returncode} and no closing line")
+        print(f"{name}: ended with {running.returncode} and no closing line")
         return None
     return found
 
