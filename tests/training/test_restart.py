@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,10 @@ def test_a_rank_that_makes_no_step_writes_the_stacks_of_its_threads(tmp_path, mo
 
 
 def test_a_stopped_process_is_noticed_and_looked_into_from_outside(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    code = "import time; print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"  # it has a stack to look at
         other = Sign(0, 1, process.pid, os.uname().nodename, "node")
         assert not is_stopped(other)
         process.send_signal(signal.SIGSTOP)
@@ -233,3 +236,44 @@ def test_the_first_signal_asks_and_stays_and_the_second_ends_at_once(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_run_that_does_not_stop_in_time_ends_all_the_same(supervisor):
+    over = threading.Event()
+
+    def hang() -> Any:
+        over.wait(30)
+        return {"report": {}}
+
+    stuck = supervisor(Attempts(hang), [2], "launch.grace_s=0.3")
+    stuck.stop.asked_at = None
+
+    def ask() -> None:
+        stuck.stop.asked_at = time.monotonic()
+
+    timer = threading.Timer(0.2, ask)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(Preempted, match=r"did not stop within 0.3 s \(launch.grace_s\); last checkpoint: \S+/step_0000000009"):
+        stuck.run()
+    over.set()
+    assert time.monotonic() - started < 10
+
+
+def test_a_node_that_leaves_is_left_in_time(supervisor, monkeypatch, tmp_path, caplog):
+    box: list[Supervisor] = []
+
+    def run() -> Any:
+        folder = next((tmp_path / "run" / "ray").glob("*-1"))
+        Pulse(folder / "ranks", 0, 1, "leaving", 60).close()
+        deadline = time.monotonic() + 20
+        while not box[0].stop.file.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return {"error": "stopped at step 9", "kind": "Preempted"}
+
+    attempts = Attempts(run, {"report": {}})
+    box.append(supervisor(attempts, [2, 1], "launch.workers=[1, 2]", "launch.resize_s=60"))
+    monkeypatch.setattr(supervise, "draining_nodes", lambda: {"leaving"})
+    (tmp_path / "run" / "ray" / f"{box[0].name}-1").mkdir(parents=True)
+    assert box[0].run() == {} and attempts.workers == [2, 1]
+    assert re.search(r"the nodes of rank 0 \(pid \d+ on \S+\) are leaving: saving, to go on with the others", caplog.text)
