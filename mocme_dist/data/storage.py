@@ -1,0 +1,194 @@
+"""Folders at fsspec URLs (s3://, gs://, abfs://, file://, memory://, ...) and their copies on this machine's disk.
+
+Whatever computes works on local files: arrays are memory-mapped, tar files are streamed, renames are atomic. A remote
+folder is therefore mirrored: `pull` brings files that are new or have changed, `push` sends those, each whole or not at
+all and in the order given, so that what says "done" goes last. One mirror a URL and machine, locked while it pulls.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import fnmatch
+import hashlib
+import logging
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mocme_dist.data.files import atomic_path, read_json, write_json
+from mocme_dist.errors import ConfigError, DataError, StorageError
+
+log = logging.getLogger(__name__)
+
+_URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_STATE = ".mirror"
+# A file system whose writes are seen half-done; everywhere else an object appears whole.
+_RENAMES = {"file", "local"}
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether it names a folder behind fsspec, and not a path of this machine."""
+    return bool(_URL.match(str(place)))
+
+
+def local_folder(place: str | Path, *patterns: str) -> Path:
+    """A path as it is; of a URL its mirror, with the files that match `patterns` (all without any) brought up to date.
+
+    Raises:
+        ConfigError, DataError, StorageError: see `Mirror`.
+    """
+    if not is_url(place):
+        return Path(place)
+    mirror = Mirror(str(place))
+    mirror.pull(*patterns)
+    return mirror.path
+
+
+class Mirror:
+    """A remote folder and its copy here.
+
+    Attributes:
+        url: without a slash at the end.
+        path: the copy: in $MOCME_CACHE/mirror, or ~/.cache/mocme_dist/mirror.
+
+    Raises:
+        ConfigError: no fsspec package serves this kind of URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{self.url}: {error}; install the fsspec package for it (s3:// needs s3fs, gs:// gcsfs)") from None
+        self.root = self.root.rstrip("/")
+        cache = Path(os.environ.get("MOCME_CACHE") or Path.home() / ".cache" / "mocme_dist")
+        name = f"{hashlib.sha256(self.url.encode()).hexdigest()[:16]}-{self.url.rsplit('/', 1)[-1]}"
+        self.path = cache.absolute() / "mirror" / name
+
+    # -- from there to here
+
+    def listing(self, *patterns: str) -> dict[str, str]:
+        """Remote files that match any of `patterns` (all without any), by relative name, with what tells versions apart.
+
+        Raises:
+            DataError: a name would lie outside the folder. StorageError: the storage does not answer.
+        """
+        with self._told("listed"):
+            self.files.invalidate_cache()
+            found = self.files.find(self.root, detail=True)
+        names: dict[str, str] = {}
+        for full, info in sorted(found.items()):
+            name = str(full).removeprefix(self.root).lstrip("/")
+            if any(part in ("", ".", "..") for part in PurePosixPath(name).parts) or "\\" in name:
+                raise DataError(f"{self.url}: holds {full!r}, which is no name inside it")
+            if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                # Stores differ in what they tell: a hash, a time, both.
+                token = next((str(info[key]) for key in ("ETag", "etag", "md5", "mtime", "LastModified", "created") if info.get(key)), "")
+                names[name] = f"{info['size']} {token}"
+        return names
+
+    def pull(self, *patterns: str) -> list[str]:
+        """Bring remote files that are new or changed; names of those that came.
+
+        Raises:
+            DataError, StorageError: see `listing`; also when this disk cannot be written.
+        """
+        came = []
+        with self._locked():
+            known = self._state()
+            for name, version in self.listing(*patterns).items():
+                local = self.path / name
+                if known.get(name) == version and local.is_file():
+                    continue
+                with atomic_path(local) as temporary, self._told(f"read: {name}"):
+                    self.files.get_file(f"{self.root}/{name}", str(temporary))
+                self._remember(name, version)
+                came.append(name)
+        return came
+
+    # -- from here to there
+
+    def push(self, names: Iterable[str]) -> None:
+        """Send local files in this order; each is there whole or not at all.
+
+        Raises:
+            StorageError: the storage does not take one; those before it are there.
+        """
+        for name in names:
+            target, local = f"{self.root}/{name}", self.path / name
+            with self._told(f"written: {name}"):
+                if set(_protocols(self.files)) & _RENAMES:
+                    aside = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
+                    self.files.makedirs(aside.rsplit("/", 1)[0], exist_ok=True)
+                    self.files.put_file(str(local), aside)
+                    Path(aside).replace(target)
+                else:
+                    self.files.put_file(str(local), target)
+
+    def push_tree(self, last: Iterable[str] = (), skip: Iterable[str] = ()) -> None:
+        """Send every local file, those that match `last` after all others; temporary files and `skip` stay.
+
+        Raises:
+            StorageError: see `push`.
+        """
+        last, left_out = tuple(last), (f"{_STATE}/*", "*.tmp-*", ".tmp-*", "*/.tmp-*", *skip)
+        names = sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
+        names = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out)]
+        is_last = {name: any(fnmatch.fnmatchcase(name, pattern) for pattern in last) for name in names}
+        self.push(sorted(names, key=lambda name: (is_last[name], name)))
+
+    def remove(self, name: str) -> None:
+        """Delete a remote file or folder, if it is there."""
+        with self._told(f"removed: {name}"):
+            if self.files.exists(f"{self.root}/{name}"):
+                self.files.rm(f"{self.root}/{name}", recursive=True)
+
+    # -- what this mirror knows
+
+    def _state(self) -> dict[str, Any]:
+        folder = self.path / _STATE
+        known: dict[str, Any] = {}
+        for record in folder.glob("*.json"):
+            try:
+                entry = read_json(record)
+                known[entry["name"]] = entry["version"]
+            except (DataError, KeyError, TypeError):
+                continue  # torn by a kill: its file is fetched again
+        return known
+
+    def _remember(self, name: str, version: str) -> None:
+        write_json(self.path / _STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json", {"name": name, "version": version})
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process of this machine at a time: several ranks ask for the same files at once."""
+        folder = self.path / _STATE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+        except PermissionError as error:
+            raise StorageError(f"{folder}: cannot be written: {error.strerror}; set MOCME_CACHE to a writable folder") from None
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Errors of whatever store as one of ours."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise StorageError(
+                f"{self.url}: could not be {what}: {reason}; check the address, the network and your rights there"
+            ) from error
+
+
+def _protocols(files: Any) -> tuple[str, ...]:
+    return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
