@@ -30,24 +30,29 @@ def main() -> None:
     """Parse, export, print what was written."""
     parser = command_parser("export", DESCRIPTION)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="run.dir of a training run")
-    parser.add_argument("bundle_dir", metavar="BUNDLE_DIR", help="folder to write; an earlier export of the same format is replaced")
+    parser.add_argument(
+        "bundle_dir", metavar="BUNDLE_DIR", help="folder to write, or an fsspec URL; an earlier export of the same format is replaced"
+    )
     parser.add_argument("--format", choices=("bundle", "npz", "parquet", "word2vec"), default="bundle")
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), default="float32", help="of a bundle's vectors; float16 halves size and time"
     )
     parser.add_argument("--step", type=_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
     args = parser.parse_args()
-    run_dir, target = Path(args.run_dir).absolute(), Path(args.bundle_dir).absolute()
+    run_dir = Path(args.run_dir).absolute()
 
     from mocme_dist.config import load_config
+    from mocme_dist.data.storage import Mirror, is_url
     from mocme_dist.errors import CheckpointError, ConfigError
-    from mocme_dist.serving.layout import check_target
+    from mocme_dist.serving.layout import MANIFEST, check_target
     from mocme_dist.train import resolve_paths
 
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         raise ConfigError(f"{run_dir}: not a run directory: no config.yaml in it; give the run.dir of a training run")
     config = resolve_paths(load_config([saved, *args.config], [*args.overrides, f"run.dir={json.dumps(str(run_dir))}"]))
+    mirror = Mirror(args.bundle_dir) if is_url(args.bundle_dir) else None
+    target = mirror.path if mirror else Path(args.bundle_dir).absolute()
     check_target(target, args.format)
     # torch takes seconds to import: not before the folders are known to be what they should
     from mocme_dist.serving.export import export_bundle
@@ -65,11 +70,13 @@ def main() -> None:
         manifest = export_bundle(rows, target, args.dtype)
     else:
         manifest = export_foreign(rows, target, args.format)
+    if mirror is not None:
+        mirror.push_tree(last=[MANIFEST], skip=["lock"])
     shown = {key: manifest[key] for key in ("kind", "num_entities", "num_relations", "width", "trained")}
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     calibration = manifest.get("calibration")
     extra = {"held_out_error": calibration.get("held_out_error")} if calibration else {}
-    print(json.dumps({"bundle": str(target), **shown, "bytes": size, **extra}), flush=True)
+    print(json.dumps({"bundle": mirror.url if mirror else str(target), **shown, "bytes": size, **extra}), flush=True)
 
 
 if __name__ == "__main__":

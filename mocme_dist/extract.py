@@ -34,11 +34,10 @@ def main() -> None:
 
     import json
     import sys
-    from pathlib import Path
 
     from mocme_dist.data.dataset import Dataset
 
-    dataset = Dataset.open(Path(args.dataset_dir), check_shards=config.encoders.on_bad_shard == "error")
+    dataset = Dataset.open(args.dataset_dir, check_shards=config.encoders.on_bad_shard == "error")
     # torch and the encoders take seconds to import: not before the data set is known to be one
     from mocme_dist.encoders.build import ENCODED
     from mocme_dist.encoders.pipeline import extract_features

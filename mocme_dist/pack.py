@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, pack, report."""
     parser = command_parser("pack", DESCRIPTION)
     parser.add_argument("raw", metavar="RAW_DIR", help="raw folder")
-    parser.add_argument("dataset", metavar="DATASET_DIR", help="new or empty folder for the data set")
+    parser.add_argument("dataset", metavar="DATASET_DIR", help="new or empty folder for the data set, or an fsspec URL (s3://...)")
     parser.add_argument("--shard-rows", type=int, metavar="N", help="entities per shard (data.shard_rows, 4096)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the entities' ids and of a dev cut (data.seed, 0)")
     args = parser.parse_args(arguments)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from mocme_dist.data.packing import pack_folder
 
-    dataset = pack_folder(Path(args.raw), Path(args.dataset), config.data)
+    dataset = pack_folder(Path(args.raw), args.dataset, config.data)
     sys.stdout.write("\n".join(report_lines(dataset)) + "\n")
 
 
@@ -50,7 +50,7 @@ def report_lines(dataset: Dataset) -> Iterator[str]:
     """The packing report as lines for a reader."""
     manifest, report = dataset.manifest, dataset.manifest["report"]
     size_mb = sum(entry.bytes for entry in dataset.entries) / 1e6
-    yield f"{dataset.directory}: {dataset.num_entities:,} entities, {dataset.num_relations:,} relations"
+    yield f"{dataset.place}: {dataset.num_entities:,} entities, {dataset.num_relations:,} relations"
     yield f"  {len(dataset.entries):,} shards of {manifest['shard_rows']:,} ids, {size_mb:,.1f} MB, fingerprint {dataset.fingerprint[:12]}"
     yield "  triples:    " + ", ".join(f"{split} {count:,}" for split, count in manifest["splits"].items())
     yield "  duplicates: " + ", ".join(f"{split} {count:,} dropped" for split, count in report["duplicates"].items())

@@ -12,6 +12,7 @@ from mocme_dist.cluster import leave_ray
 from mocme_dist.commands import command_parser, config_of, run_command
 from mocme_dist.config import Config
 from mocme_dist.config.load import parse_config
+from mocme_dist.data.storage import is_url
 from mocme_dist.errors import ConfigError, MocmeError, Preempted
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def resolve_paths(config: Config) -> Config:
     values["run"]["dir"] = str(run_dir)
     for key in ("raw", "dataset"):
         if values["data"][key] is not None:
-            values["data"][key] = str(Path(values["data"][key]).absolute())
+            values["data"][key] = values["data"][key] if is_url(values["data"][key]) else str(Path(values["data"][key]).absolute())
     if config.data.raw is not None and config.data.dataset is None:
         values["data"]["dataset"] = str(run_dir / "dataset")
     if values["data"]["dataset"] is None:
@@ -53,7 +54,7 @@ def prepare_data(config: Config) -> None:
     from mocme_dist.data.dataset import Dataset
     from mocme_dist.data.packing import pack_folder
 
-    path = Path(str(config.data.dataset))
+    path = str(config.data.dataset)
     dataset = pack_folder(Path(config.data.raw), path, config.data) if config.data.raw is not None else Dataset.open(path)
     from mocme_dist.training.worker import resolve_modalities
 
@@ -99,7 +100,7 @@ def plan_of(config: Config) -> Plan:
     from mocme_dist.data.dataset import Dataset
     from mocme_dist.training.plan import make_plan
 
-    dataset = Dataset.open(Path(str(config.data.dataset)))
+    dataset = Dataset.open(str(config.data.dataset))
     # In local mode the ranks are this process's and those that torchrun started beside it.
     local = config.launch.mode == "local"
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if local else config.launch.min_workers

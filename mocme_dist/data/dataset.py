@@ -1,6 +1,7 @@
 """A packed data set: the folder that `pack` writes and every later stage opens.
 
-Opening reads the manifest and compares file sizes; arrays are memory-mapped when asked for.
+Opening reads the manifest and compares file sizes; arrays are memory-mapped when asked for. Of a data set at a URL every
+machine holds a mirror: the graph from the start, shards and feature parts when they are asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from mocme_dist.data.files import read_json
 from mocme_dist.data.known import KnownAnswers, load_integers
 from mocme_dist.data.shards import Member, Sample, ShardEntry, damage, read_members, read_shard, shard_name
+from mocme_dist.data.storage import Mirror, is_url
 from mocme_dist.errors import DataError, ShardError
 from mocme_dist.partition import ShardPartition
 
@@ -28,7 +30,8 @@ class Dataset:
     """Graph, names and shards of a packed folder.
 
     Attributes:
-        directory: the folder.
+        directory: the folder, of a URL its mirror.
+        place: what it was opened by, the same on every machine: an absolute path or the URL.
         manifest: all that manifest.json says.
         num_entities, num_relations: sizes; ids run from 0.
         shards: which ids each shard holds.
@@ -37,8 +40,9 @@ class Dataset:
         fingerprint: SHA-256 over graph and shards; equal data sets have equal ones wherever they lie.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, manifest: dict[str, Any], mirror: Mirror | None = None) -> None:
+        self.directory, self.mirror = directory, mirror
+        self.place = mirror.url if mirror else str(directory.absolute())
         self.manifest = manifest
         self.num_entities: int = manifest["num_entities"]
         self.num_relations: int = manifest["num_relations"]
@@ -48,20 +52,23 @@ class Dataset:
         self.fingerprint: str = manifest["fingerprint"]
 
     @classmethod
-    def open(cls, directory: Path, check_shards: bool = True) -> Dataset:
+    def open(cls, place: str | Path, check_shards: bool = True) -> Dataset:
         """Open a packed folder.
 
         Args:
-            directory: what `pack` wrote.
+            place: what `pack` wrote, a path or an fsspec URL.
             check_shards: compare the shards' sizes; who reads every shard anyway, or none, does without.
 
         Raises:
             DataError: it is not there, was not finished, or a shard is missing or has another size.
         """
-        directory = Path(directory)
-        path = directory / MANIFEST
+        mirror = Mirror(str(place)) if is_url(place) else None
+        if mirror is not None:
+            mirror.pull(MANIFEST, "graph/*")
+        directory = mirror.path if mirror else Path(place)
+        path, where = directory / MANIFEST, mirror.url if mirror else directory.absolute()
         if not path.is_file():
-            raise DataError(f"{directory.absolute()}: no {MANIFEST}; not a packed data set, or unfinished: run python -m mocme_dist.pack")
+            raise DataError(f"{where}: no {MANIFEST}; not a packed data set, or unfinished: run python -m mocme_dist.pack")
         manifest = read_json(path)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise DataError(f"{path.absolute()}: expected a data set of format {FORMAT}; pack it again")
@@ -69,11 +76,11 @@ class Dataset:
         if missing:
             raise DataError(f"{path.absolute()}: lacks {', '.join(missing)}; pack the data set again")
         try:
-            dataset = cls(directory, manifest)
+            dataset = cls(directory, manifest, mirror)
         except (TypeError, ValueError) as error:
             raise DataError(f"{path.absolute()}: damaged ({error}); pack the data set again") from None
         dataset._check_names()
-        if check_shards:
+        if check_shards and mirror is None:  # what is not here yet is checked when it has come
             for shard, entry in enumerate(dataset.entries):
                 if (wrong := damage(dataset.shard_path(shard), entry)) is not None:
                     raise ShardError(wrong)
@@ -86,8 +93,37 @@ class Dataset:
             )
 
     def shard_path(self, shard: int) -> Path:
-        """Where a shard's tar file lies."""
+        """Where a shard's tar file lies; it is fetched first where the data set is remote."""
+        self.bring(f"shards/{shard_name(shard)}")
         return self.directory / "shards" / shard_name(shard)
+
+    def bring(self, *patterns: str) -> None:
+        """Fetch files of a remote data set that are new or have changed; nothing for one on this disk."""
+        if self.mirror is not None and patterns:
+            self.mirror.pull(*patterns)
+
+    def bring_features(self, modality: str, first: int, last: int) -> None:
+        """Fetch the feature parts that hold ids [first, last), with the modality's manifest."""
+        parts = [f"part-{shard:06d}.*" for shard, _, _ in self.shards.overlapping(first, last)]
+        self.bring(*(f"features/{modality}/{name}" for name in ("manifest.json", *parts)))
+
+    def remote_part_sizes(self, modality: str) -> dict[int, int] | None:
+        """Bytes of the feature parts that lie at the URL, by shard; None for a data set on this disk."""
+        if self.mirror is None:
+            return None
+        found = self.mirror.listing(f"features/{modality}/part-*.safetensors")
+        return {int(name[-18:-12]): int(version.split()[0]) for name, version in found.items()}
+
+    def publish(self, *names: str) -> None:
+        """Send files, in this order, to where a remote data set lies; nothing for one on this disk."""
+        if self.mirror is not None:
+            self.mirror.push(names)
+
+    def withdraw(self, name: str) -> None:
+        """Delete a file here and there."""
+        (self.directory / name).unlink(missing_ok=True)
+        if self.mirror is not None:
+            self.mirror.remove(name)
 
     def read_samples(self, shard: int, max_member_bytes: int, modality: str | None = None) -> Iterator[Sample]:
         """Verified samples of a shard, ascending by id; entities without any modality have none.

@@ -38,6 +38,12 @@ def part_path(directory: Path, shard: int) -> Path:
     return directory / f"part-{shard:06d}.safetensors"
 
 
+def part_files(modality: str, shard: int) -> tuple[str, str]:
+    """A part's files inside the data set, in the order in which they are written."""
+    path = part_path(Path("features") / modality, shard)
+    return str(path), str(path.with_suffix(".json"))
+
+
 def write_part(directory: Path, shard: int, values: NDArray[Any], present: NDArray[Any], stats: dict[str, Any]) -> None:
     """Write one shard's features, then the JSON that says the part is complete.
 
@@ -81,8 +87,12 @@ def _says(path: Path, record: dict[str, Any]) -> bool:
         return False
 
 
-def part_is_complete(directory: Path, shard: int, input_sha256: str, encoder_hash: str) -> bool:
-    """Whether a part was finished for this input and this encoder, and its file still has the size it had."""
+def part_is_complete(directory: Path, shard: int, input_sha256: str, encoder_hash: str, bytes_there: int | None = None) -> bool:
+    """Whether a part was finished for this input and this encoder, and its file still has the size it had.
+
+    Args:
+        bytes_there: size of the file where it lies elsewhere and only its JSON is here; None looks at the file.
+    """
     path = part_path(directory, shard)
     try:
         stats = read_json(path.with_suffix(".json"))
@@ -91,7 +101,7 @@ def part_is_complete(directory: Path, shard: int, input_sha256: str, encoder_has
             and stats["encoder_hash"] == encoder_hash
             and stats["shard"] == shard
             and "bad_shard" not in stats  # left out for want of a good shard: tried again by every run
-            and path.stat().st_size == stats["bytes"]
+            and (path.stat().st_size if bytes_there is None else bytes_there) == stats["bytes"]
         )
     except (DataError, OSError, KeyError, TypeError):
         return False

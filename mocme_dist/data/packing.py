@@ -7,6 +7,7 @@ buffer. What it refuses, it refuses before shards are written, and a failed pack
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from mocme_dist.data.graph import fingerprint, write_graph
 from mocme_dist.data.layouts import find_file, require_file
 from mocme_dist.data.modalities import TABLES, Collected, ShardBuilder, Spill, collect
 from mocme_dist.data.shards import SUFFIXES
+from mocme_dist.data.storage import Mirror, is_url
 from mocme_dist.data.target import is_packed, source_hash, workplace
 from mocme_dist.data.triples import Integers, KeySpace, Seen, cut_development_set, distinct, leakage, read_triples
 from mocme_dist.data.vectors import Vectors, open_vectors
@@ -36,12 +38,12 @@ _INVERSE_WARNING = 0.05
 _SETTINGS = ("shard_rows", "seed", "dev", "unseen", "allow_leakage", "max_missing")
 
 
-def pack_folder(raw: Path, out: Path, data: DataConfig) -> Dataset:
+def pack_folder(raw: Path, out: str | Path, data: DataConfig) -> Dataset:
     """Pack `raw` into `out`; the same content with the same settings is left as it is.
 
     Args:
         raw: folder with train.txt, valid.txt, test.txt and the tables of the modalities.
-        out: new or empty folder, or one that an interrupted packing left.
+        out: new or empty folder, or one that an interrupted packing left; at an fsspec URL it is packed here, then sent.
         data: settings; `raw`, `dataset` and `text_columns` of it play no part.
 
     Raises:
@@ -50,19 +52,27 @@ def pack_folder(raw: Path, out: Path, data: DataConfig) -> Dataset:
         LockedError: another process packs into `out`.
         StorageError: `out` cannot be written.
     """
-    raw, out = Path(raw), Path(out)
+    raw = Path(raw)
     for split in SPLITS:
         if split != "valid" or data.dev == "file":
             require_file(raw, f"{split}.txt")
     source = {"sha256": source_hash(raw), "settings": {name: getattr(data, name) for name in _SETTINGS}}
-    if is_packed(out, source):
+    mirror = Mirror(str(out)) if is_url(out) else None
+    if mirror is not None and not mirror.pull(MANIFEST, "graph/*") and MANIFEST not in mirror.listing(MANIFEST):
+        shutil.rmtree(mirror.path, ignore_errors=True)  # of a data set that is no longer there
+    folder = mirror.path if mirror else Path(out)
+    if is_packed(folder, source):
         log.info("%s: already packed from this content with these settings", out)
         return Dataset.open(out)
     try:
-        with workplace(out) as work:
-            return _pack(raw, out, work, data, source)
+        with workplace(folder) as work:
+            packed = _pack(raw, folder, work, data, source)
     except OSError as error:
-        raise StorageError(f"{out.absolute()}: cannot be written: {error.strerror or error}") from error
+        raise StorageError(f"{folder.absolute()}: cannot be written: {error.strerror or error}") from error
+    if mirror is None:
+        return packed
+    mirror.push_tree(last=[MANIFEST])
+    return Dataset.open(out)
 
 
 def _pack(raw: Path, out: Path, work: Path, data: DataConfig, source: dict[str, Any]) -> Dataset:

@@ -25,7 +25,6 @@ from mocme_dist.errors import ConfigError, DataError, StorageError
 log = logging.getLogger(__name__)
 
 _URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-_STATE = ".mirror"
 # A file system whose writes are seen half-done; everywhere else an object appears whole.
 _RENAMES = {"file", "local"}
 
@@ -70,7 +69,8 @@ class Mirror:
         self.root = self.root.rstrip("/")
         cache = Path(os.environ.get("MOCME_CACHE") or Path.home() / ".cache" / "mocme_dist")
         name = f"{hashlib.sha256(self.url.encode()).hexdigest()[:16]}-{self.url.rsplit('/', 1)[-1]}"
-        self.path = cache.absolute() / "mirror" / name
+        self.path = cache.absolute() / "mirror" / name / "files"
+        self._state_path = self.path.with_name("state")
 
     # -- from there to here
 
@@ -82,7 +82,9 @@ class Mirror:
         """
         with self._told("listed"):
             self.files.invalidate_cache()
-            found = self.files.find(self.root, detail=True)
+            found: dict[str, Any] = {}
+            for place, whole in dict.fromkeys(map(_start_of, patterns or ("*",))):
+                found |= self._found(f"{self.root}/{place}".rstrip("/"), whole)
         names: dict[str, str] = {}
         for full, info in sorted(found.items()):
             name = str(full).removeprefix(self.root).lstrip("/")
@@ -93,6 +95,13 @@ class Mirror:
                 token = next((str(info[key]) for key in ("ETag", "etag", "md5", "mtime", "LastModified", "created") if info.get(key)), "")
                 names[name] = f"{info['size']} {token}"
         return names
+
+    def _found(self, place: str, whole: bool) -> dict[str, Any]:
+        """One file, or all below a folder; nothing where there is none."""
+        try:
+            return self.files.find(place, detail=True) if not whole else {place: self.files.info(place)}
+        except FileNotFoundError:
+            return {}
 
     def pull(self, *patterns: str) -> list[str]:
         """Bring remote files that are new or changed; names of those that came.
@@ -138,7 +147,7 @@ class Mirror:
         Raises:
             StorageError: see `push`.
         """
-        last, left_out = tuple(last), (f"{_STATE}/*", "*.tmp-*", ".tmp-*", "*/.tmp-*", *skip)
+        last, left_out = tuple(last), ("*.tmp-*", ".tmp-*", "*/.tmp-*", *skip)
         names = sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
         names = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out)]
         is_last = {name: any(fnmatch.fnmatchcase(name, pattern) for pattern in last) for name in names}
@@ -153,7 +162,7 @@ class Mirror:
     # -- what this mirror knows
 
     def _state(self) -> dict[str, Any]:
-        folder = self.path / _STATE
+        folder = self._state_path
         known: dict[str, Any] = {}
         for record in folder.glob("*.json"):
             try:
@@ -164,12 +173,12 @@ class Mirror:
         return known
 
     def _remember(self, name: str, version: str) -> None:
-        write_json(self.path / _STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json", {"name": name, "version": version})
+        write_json(self._state_path / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json", {"name": name, "version": version})
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One process of this machine at a time: several ranks ask for the same files at once."""
-        folder = self.path / _STATE
+        folder = self._state_path
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "lock").open("w") as lock:
@@ -188,6 +197,12 @@ class Mirror:
             raise StorageError(
                 f"{self.url}: could not be {what}: {reason}; check the address, the network and your rights there"
             ) from error
+
+
+def _start_of(pattern: str) -> tuple[str, bool]:
+    """The folder below which a pattern can match, or, of a plain name, the name itself and True."""
+    plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+    return (pattern, True) if plain == pattern else (plain.rpartition("/")[0], False)
 
 
 def _protocols(files: Any) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from mocme_dist import errors
 from mocme_dist.cluster import connect_ray
 from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
-from mocme_dist.data.features import part_is_complete
+from mocme_dist.data.features import part_files, part_is_complete
 from mocme_dist.data.files import read_json, write_json
 from mocme_dist.data.progress import Progress
 from mocme_dist.encoders.build import ENCODED, build_encoder, encoder_settings, with_absolute_paths
@@ -51,7 +51,7 @@ def extract_features(
     """Bring the features of `modalities` up to date and write extract_report.json into the data set.
 
     Args:
-        dataset: packed; under a cluster its directory must be the same path on every node.
+        dataset: packed; under a cluster its place must be the same path, or URL, on every node.
         encoders: which encoders, with how many actors.
         text_columns: columns that make an entity's text, in order.
         modalities: any of `ENCODED`; each must be in the data set.
@@ -68,7 +68,7 @@ def extract_features(
     """
     wanted = _ordered(dataset, modalities)
     # actors start in another folder; they check the shards they read
-    dataset = Dataset.open(Path(dataset.directory).absolute(), check_shards=encoders.on_bad_shard == "error")
+    dataset = Dataset.open(dataset.place, check_shards=encoders.on_bad_shard == "error")
     encoders = with_absolute_paths(encoders)
     vectors = {modality: dataset.modalities[modality].get("vectors") for modality in wanted}
     counted = "numeric" in wanted and vectors["numeric"] is None
@@ -77,7 +77,7 @@ def extract_features(
     hashes = {modality: encoder_hash(modality, settings[modality], encoders) for modality in wanted}
     pending = {modality: _pending(dataset, modality, hashes[modality]) for modality in wanted}
     tasks = [{"kind": modality, "shard": shard} for modality in wanted for shard in pending[modality]]
-    results, seconds = _run_all(tasks, dataset, Workshop(dataset.directory, encoders, tuple(text_columns), statistics, hashes), use_ray)
+    results, seconds = _run_all(tasks, dataset, Workshop(dataset.place, encoders, tuple(text_columns), statistics, hashes), use_ray)
     rows = {}
     for modality in wanted:
         summary = finish_modality(dataset, modality, settings[modality], hashes[modality], encoders)
@@ -93,13 +93,13 @@ class Workshop:
 
     def __init__(
         self,
-        directory: Path,
+        place: str,
         encoders: EncodersConfig,
         text_columns: tuple[str, ...],
         statistics: NumericStatistics | None,
         hashes: dict[str, str],
     ) -> None:
-        self.directory, self.encoders, self.text_columns = directory, encoders, text_columns
+        self.place, self.encoders, self.text_columns = place, encoders, text_columns
         self.statistics, self.hashes = statistics, hashes
         self.heartbeats: Path | None = None  # where actors say how far they are
         self.dataset: Dataset | None = None
@@ -111,10 +111,12 @@ class Workshop:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, int(self.encoders.cpus_per_actor)))
         try:
-            self.dataset = self.dataset or Dataset.open(self.directory, check_shards=False)
+            self.dataset = self.dataset or Dataset.open(self.place, check_shards=False)
             if task["kind"] == "statistics":
                 return {**task, **self._statistics(self.dataset, task["shard"])}
-            return {**task, **self._extract(self.dataset, task["kind"], task["shard"], on_rows)}
+            result = self._extract(self.dataset, task["kind"], task["shard"], on_rows)
+            self.dataset.publish(*part_files(task["kind"], task["shard"]))
+            return {**task, **result}
         except MocmeError as error:
             return {**task, "error": type(error).__name__, "message": str(error)}
         except torch.OutOfMemoryError as error:
@@ -246,7 +248,9 @@ def _run_all(
 
 def _numeric_statistics(dataset: Dataset, encoders: EncodersConfig, columns: Sequence[str], use_ray: bool) -> NumericStatistics:
     """Statistics of all numbers, from features/numeric/statistics.json when that is of these shards."""
-    path = dataset.directory / "features" / "numeric" / "statistics.json"
+    name = "features/numeric/statistics.json"
+    path = dataset.directory / name
+    dataset.bring(name)
     hashes = [entry.sha256 for entry in dataset.entries]
     made_from = {"shards": hashes, "max_attributes": encoders.numeric.max_attributes, "rule": RULE}
     try:
@@ -256,7 +260,7 @@ def _numeric_statistics(dataset: Dataset, encoders: EncodersConfig, columns: Seq
     except (DataError, KeyError, TypeError):
         pass  # absent or torn: made below
     tasks = [{"kind": "statistics", "shard": shard} for shard in range(dataset.shards.num_shards)]
-    workshop = Workshop(dataset.directory, encoders, tuple(columns), None, {})
+    workshop = Workshop(dataset.place, encoders, tuple(columns), None, {})
     use_ray = use_ray and sum(entry.bytes for entry in dataset.entries) > READ_HERE_BYTES
     with Progress("numeric statistics", len(tasks), "shards") as progress:
         found: dict[int, Any] = {}
@@ -268,6 +272,7 @@ def _numeric_statistics(dataset: Dataset, encoders: EncodersConfig, columns: Seq
     statistics = fit_numbers((found[shard] for shard in sorted(found)), encoders.numeric.max_attributes)
     # without some shards they are good for this run only
     write_json(path, {"made_from": {**made_from, "without": sorted(bad)} if bad else made_from, **statistics.to_json()})
+    dataset.publish(name)
     return statistics
 
 
@@ -275,7 +280,13 @@ def _pending(dataset: Dataset, modality: str, pinned: str) -> list[int]:
     """Shards whose part is missing or stale. A manifest of another encoder is withdrawn before its parts change."""
     directory = dataset.directory / "features" / modality
     manifest = directory / "manifest.json"
+    dataset.bring(f"features/{modality}/*.json")
     if manifest.is_file() and read_json(manifest).get("encoder_hash") != pinned:
         log.info("%s: encoder or settings changed; its parts are made again", modality)
-        manifest.unlink()
-    return [shard for shard, entry in enumerate(dataset.entries) if not part_is_complete(directory, shard, entry.sha256, pinned)]
+        dataset.withdraw(f"features/{modality}/manifest.json")
+    there = dataset.remote_part_sizes(modality)
+    return [
+        shard
+        for shard, entry in enumerate(dataset.entries)
+        if not part_is_complete(directory, shard, entry.sha256, pinned, None if there is None else there.get(shard, -1))
+    ]

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], pinned: str, encoders: EncodersConfig) -> dict[str, Any]:
     """Write the modality's manifest from its parts' files, and sum them up."""
     directory = dataset.directory / "features" / modality
+    dataset.bring(f"features/{modality}/*.json", f"features/{modality}/part-000000.*")
     parts = [read_json(part_path(directory, shard).with_suffix(".json")) for shard in range(dataset.shards.num_shards)]
     failed: Counter[str] = Counter()
     for part in parts:
@@ -53,6 +54,7 @@ def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], p
         "skipped_shards": [shard for shard, _ in left_out],
     }
     write_json(directory / "manifest.json", manifest)
+    dataset.publish(f"features/{modality}/manifest.json")
     names = dataset.entity_names() if examples else []
     return {
         "width": manifest["width"],
@@ -74,6 +76,7 @@ def finish_report(dataset: Dataset, rows: dict[str, dict[str, Any]], max_missing
         DataError: more than the share `max_missing` of the entities have no feature of any of these modalities.
     """
     missing = dataset.num_entities
+    dataset.bring(*(f"features/{name}/*" for name in rows))
     if rows:
         missing = sum(
             int((~np.logical_or.reduce([part_presence(dataset.directory / "features" / name, shard) for name in rows])).sum())
@@ -86,6 +89,7 @@ def finish_report(dataset: Dataset, rows: dict[str, dict[str, Any]], max_missing
         "n_skipped": len({entry["shard"] for row in rows.values() for entry in row["skipped_shards"]}),
     }
     write_json(dataset.directory / "extract_report.json", report)
+    dataset.publish("extract_report.json")
     if share > max_missing:
         raise DataError(
             f"{missing:,} of {dataset.num_entities:,} entities have no features ({100 * share:.1f} %); expected at most "

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mocme_dist.data.files import sha256_file
 from mocme_dist.data.known import KnownAnswers
+from mocme_dist.data.storage import local_folder
 from mocme_dist.data.tensors import map_tensors
 from mocme_dist.errors import DataError
 from mocme_dist.partition import ShardPartition
@@ -45,12 +46,12 @@ class Bundle:
 
     @classmethod
     def open(cls, directory: str | Path) -> Bundle:
-        """Open a folder that `export` made.
+        """Open a folder that `export` made, or its copy on this machine where it lies at an fsspec URL.
 
         Raises:
             DataError: it is no bundle, or a file is missing or has another size.
         """
-        directory = Path(directory)
+        directory = local_folder(directory)
         manifest = read_manifest(directory)
         try:
             return cls(directory, manifest)

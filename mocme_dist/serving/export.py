@@ -161,6 +161,7 @@ def _features(rows: RunRows) -> dict[str, Any]:
     for name in rows.modalities:
         if name == "structure":
             continue
+        rows.dataset.bring(f"features/{name}/*.json")
         directory = rows.dataset.directory / "features" / name
         manifest = read_json(directory / "manifest.json")
         found[name] = {key: manifest[key] for key in ("encoder_hash", "dtype", "width")}

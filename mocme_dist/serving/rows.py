@@ -53,6 +53,7 @@ class RunRows:
         self.model = load_model(self.raw_widths, config, dataset.num_relations, model_state(saved)).to(self.device)
 
     def _store(self, name: str, first: int, last: int) -> FeatureStore:
+        self.dataset.bring_features(name, first, last)
         return FeatureStore.open(self.dataset.directory, name, first, last, "mmap", "cpu", self.config.features.on_bad)
 
     @property

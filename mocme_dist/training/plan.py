@@ -180,6 +180,7 @@ def _features(config: Config, dataset: Dataset, rows: int, notes: list[str]) -> 
         if name == "structure":
             widths[name] = config.experts.width
             continue
+        dataset.bring_features(name, 0, 0)
         path = dataset.directory / "features" / name / "manifest.json"
         if path.is_file():
             manifest = read_json(path)

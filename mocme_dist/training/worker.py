@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from mocme_dist.batching.sampler import QuerySampler, key64, mix64
 from mocme_dist.config import Config
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore
-from mocme_dist.errors import ConfigError, DataError, DivergedError
+from mocme_dist.errors import ConfigError, DataError, DivergedError, MocmeError
 from mocme_dist.evaluation.metrics import report
 from mocme_dist.evaluation.protocol import split_queries
 from mocme_dist.evaluation.ranking import RowShard, rank_queries
@@ -134,11 +133,12 @@ class Worker:
         try:
             for name in self.modalities:
                 if name != "structure":
+                    self.dataset.bring_features(name, self.first, self.last)
                     where = (self.dataset.directory, name, self.first, self.last)
                     stores[name] = FeatureStore.open(
                         *where, self.config.features.residency, str(self.comm.device), self.config.features.on_bad
                     )
-        except DataError as cause:
+        except MocmeError as cause:
             error = cause
         self.comm.raise_together(error)
         return stores
@@ -331,4 +331,4 @@ def open_dataset(config: Config) -> Dataset:
     """
     if config.data.dataset is None:
         raise ConfigError("data.dataset: not set; give a packed data set (data.dataset) or a raw folder (data.raw)")
-    return Dataset.open(Path(config.data.dataset))
+    return Dataset.open(config.data.dataset)
