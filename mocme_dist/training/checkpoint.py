@@ -130,10 +130,13 @@ def _commit(temporary: Path, manifest: dict[str, Any]) -> None:
     directory, final = temporary.parent, temporary.parent / step_name(manifest["step"])
     write_json(temporary / MANIFEST, manifest)
     sync(temporary)
-    if final.exists():  # a torn one of the same step: the new one is whole
-        _remove(final)
+    # A torn one of the same step makes way for the whole one, and is deleted only afterwards.
+    aside = directory / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
+    if final.exists():
+        final.rename(aside)
     temporary.rename(final)
     sync(directory)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

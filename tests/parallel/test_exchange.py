@@ -84,3 +84,61 @@ def check_steps_ahead(comm: Comm) -> None:
 
 def test_routes_are_planned_beside_the_step(run_ranks):
     run_ranks(3, check_steps_ahead)
+
+
+def check_asked_twice(comm: Comm) -> None:
+    """Were ids asked for more than once, each time would be sent, but the owner would encode once and add the gradients."""
+    partition = RowPartition(11, comm.world_size)
+    first, last = partition.bounds(comm.rank)
+    full_ED = torch.randn(11, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    requests = [np.sort(np.random.default_rng(rank).integers(11, size=30)) for rank in range(comm.world_size)]
+    route = plan_route(requests[comm.rank], partition, comm)
+    assert len(route.rows_V) == len(route.rows_V.unique()) <= last - first
+    leaf_VD = full_ED.detach()[first:last][route.rows_V].requires_grad_()
+    got_UD = exchange(leaf_VD, route)
+    assert torch.equal(got_UD, full_ED.detach()[requests[comm.rank]])
+    got_UD.pow(3).sum().backward()
+    sum(full_ED[ids].pow(3).sum() for ids in requests).backward()
+    torch.testing.assert_close(leaf_VD.grad, full_ED.grad[first:last][route.rows_V], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_duplicates_are_coalesced_at_the_owner(run_ranks, world):
+    run_ranks(world, check_asked_twice)
+
+
+def check_no_sizes_in_the_step(comm: Comm) -> None:
+    """Forward and backward are one collective each, of vectors alone: who sends how many to whom is known from the route."""
+    import torch.distributed as dist
+
+    partition = RowPartition(40, comm.world_size)
+    first, last = partition.bounds(comm.rank)
+    ids = np.unique(np.random.default_rng(comm.rank).integers(40, size=20))
+    calls: list[tuple[str, torch.dtype, bool]] = []
+    names = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
+    originals = {name: getattr(dist, name) for name in names}
+
+    def spy(name: str):  # type: ignore[no-untyped-def]
+        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+            dtype = args[0].dtype if args and isinstance(args[0], torch.Tensor) else None
+            calls.append((name, dtype, kwargs.get("group") is comm.ahead))
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, spy(name))
+    try:
+        route = plan_route(ids, partition, comm)
+        assert calls == [("all_to_all_single", torch.int64, True)] * 2  # counts and ids, on the group of their own
+        calls.clear()
+        leaf_VD = torch.randn(last - first, 4)[route.rows_V].requires_grad_()
+        exchange(leaf_VD, route).sum().backward()
+        assert calls == [("all_to_all_single", torch.float32, False)] * 2
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def test_the_step_itself_exchanges_no_sizes(run_ranks):
+    run_ranks(3, check_no_sizes_in_the_step)
