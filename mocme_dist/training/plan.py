@@ -161,7 +161,9 @@ def _row_bytes(config: Config, num_entities: int, rows: int, world_size: int) ->
     if config.entities.sharding == "zero":
         parts = world_size if config.deepspeed.stage >= 1 else 1
         whole = 4 * num_entities * D
-        return {"rows": whole, "rows: gradients": whole, "rows: optimizer": 2 * whole // parts}
+        # Flat copies, masters, buckets and temporaries of DeepSpeed's step: counted as measured, thirteen tables in all.
+        copies = 9 * whole if config.deepspeed.engine != "torch" else 2 * whole
+        return {"rows": whole, "rows: gradients": whole, "rows: engine's copies": copies, "rows: optimizer": 2 * whole // parts}
     optimizer = choose_optimizer(config.entities.optimizer, num_entities)
     # Pages of the state come as rows are first touched: a short run stays below this.
     state = 4 * rows * sum(state_widths(optimizer, D).values())

@@ -24,7 +24,9 @@ from typing import Any
 TIMEOUT_S = 900
 
 
-def measure_ranks(world_size: int, settings: Sequence[str], steps: int, queries: int = 0, threads: int = 1) -> list[dict[str, Any]]:
+def measure_ranks(
+    world_size: int, settings: Sequence[str], steps: int, queries: int = 0, threads: int = 1, pin: bool = False
+) -> list[dict[str, Any]]:
     """Train so many steps on `world_size` ranks; one record a rank.
 
     Args:
@@ -32,6 +34,7 @@ def measure_ranks(world_size: int, settings: Sequence[str], steps: int, queries:
         steps: of the loop; then a checkpoint is written, as when a run is stopped.
         queries: valid queries to rank afterwards; 0 ranks none.
         threads: of a rank.
+        pin: each rank gets a core for itself and for its background thread, so that a single rank has no second one.
 
     Raises:
         RuntimeError: a rank failed; with the end of what it said.
@@ -57,6 +60,7 @@ def measure_ranks(world_size: int, settings: Sequence[str], steps: int, queries:
                 "--run-dir",
                 f"{folder}/run",
             ]
+            command += ["--core", str(rank)] if pin else []
             with Path(f"{folder}/{rank}.log").open("w") as errors:
                 command += ["--set", *settings, f"launch.cpus_per_worker={threads}"]
                 processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env))
@@ -115,6 +119,7 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
         with suppress(Preempted):  # as asked
             run.train()
         found["trained_mb"] = memory_mb("VmHWM")
+        found["phases_ms"] = {name: 1e3 * seconds / len(times) for name, seconds in worker.timer.seconds.items()}
         found["last_step_and_checkpoint_s"] = time.perf_counter() - times[-1]
         if args.queries:
             start = time.perf_counter()
@@ -137,8 +142,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--queries", type=int, default=0)
     parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--core", type=int)
     parser.add_argument("--set", nargs="+", default=[], dest="overrides")
-    print(json.dumps(run_rank(parser.parse_args())))
+    args = parser.parse_args()
+    if args.core is not None:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[args.core % len(cores)]})
+    print(json.dumps(run_rank(args)))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,13 @@ class Scale:
         config = config_of(overrides)
         plan = make_plan(config, Dataset.open(self.graph(num_entities)), world_size, under_ray=False)
         peak = max(rank["peak_mb"] for rank in ranks)
-        self.errors[name] = plan.peak / 2**20 / peak - 1
+        if how.get("queries"):  # the plan is of a run that ranks, too
+            self.errors[name] = plan.peak / 2**20 / peak - 1
         first = ranks[0]
         ranked = f", {first['queries']} queries ranked in {first['rank_s']:.1f} s" if "rank_s" in first else ""
         said = f"{step_ms(ranks):.1f} ms a step, peak {peak:,.0f} MiB (plan {plan.peak / 2**20:,.0f}), built in {first['build_s']:.1f} s"
-        print(f"  {name}: {world_size} rank(s), {num_entities:,} entities: {said}{ranked}", file=sys.stderr, flush=True)
+        phases = ", ".join(f"{phase} {ms:.1f}" for phase, ms in first["phases_ms"].items())
+        print(f"  {name}: {world_size} rank(s), {num_entities:,} entities: {said}{ranked}; ms: {phases}", file=sys.stderr, flush=True)
         return ranks
 
     def step_growth(self) -> list[dict[str, Any]]:
@@ -89,12 +91,14 @@ class Scale:
         ]
 
     def two_rank_speedup(self) -> list[dict[str, Any]]:
-        """Triples a second of two ranks of one thread against one, the same share of a batch each."""
+        """Triples a second of two ranks of one thread against one, the same share of a batch each; a core for each rank."""
         size = 20_000 if self.quick else 1_000_000
         rows, rates = [], {}
         for kind, settings in {"": (), "_mocme": ("experts.num_experts=3", "fusion.estimator=mine", "projection.structure=mlp")}.items():
             for world in (1, 2):
-                ms = step_ms(self.run(f"speedup{kind}_{world}", world, size, *settings, f"train.batch_size={world * BATCH}", steps=30))
+                ms = step_ms(
+                    self.run(f"speedup{kind}_{world}", world, size, *settings, f"train.batch_size={world * BATCH}", steps=30, pin=True)
+                )
                 # A triple is two queries.
                 rates[world] = world * BATCH / 2 / ms * 1e3
             bar = ">= 1.7" if not kind else ""
