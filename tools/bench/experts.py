@@ -26,12 +26,12 @@ def module_list(experts: Experts) -> nn.ModuleList:
     with torch.no_grad():
         for m in range(M):
             for k in range(K):
-                expert = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
-                expert[0].weight.copy_(experts.first_MDH[m, :, k * D : (k + 1) * D].T)
-                expert[0].bias.copy_(experts.first_bias_MH[m, k * D : (k + 1) * D])
-                expert[2].weight.copy_(experts.second_LDD[m * K + k].T)
-                expert[2].bias.copy_(experts.second_bias_LD[m * K + k])
-                modules.append(expert)
+                first, second = nn.Linear(D, D), nn.Linear(D, D)
+                first.weight.copy_(experts.first_MDH[m, :, k * D : (k + 1) * D].T)
+                first.bias.copy_(experts.first_bias_MH[m, k * D : (k + 1) * D])
+                second.weight.copy_(experts.second_LDD[m * K + k].T)
+                second.bias.copy_(experts.second_bias_LD[m * K + k])
+                modules.append(nn.Sequential(first, nn.ReLU(), second))
     return modules
 
 
