@@ -130,6 +130,9 @@ class ExpertsConfig(Section):
     )
     residual: bool = Field(False, description="Expert k gives x + f_k(x) instead of f_k(x).")
     dropout: float = Field(0.0, ge=0, lt=1, description="On the experts' hidden layer.")
+    recompute: bool = Field(
+        False, description="Backward computes the hidden layers again instead of keeping them: less memory, more time, equal gradients."
+    )
 
 
 class MineConfig(Section):

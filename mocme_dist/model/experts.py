@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mocme_dist.errors import ShapeError
 
@@ -20,11 +21,19 @@ class Experts(nn.Module):
     """Views (M, K, U, D) of projected entities (M, U, D): expert k of modality m is Linear-ReLU-Linear.
 
     The K first layers of a modality read the same input, so they are one (D, K D) product per modality; the second
-    layers are M K products of (D, D). `residual` adds the input to each view.
+    layers are M K products of (D, D). `residual` adds the input to each view. With `recompute` backward computes the
+    hidden layers again instead of keeping them, dropout drawn alike: M K U D numbers less, a third more products.
     """
 
     def __init__(
-        self, num_modalities: int, num_experts: int, width: int, dropout: float, residual: bool, generator: torch.Generator
+        self,
+        num_modalities: int,
+        num_experts: int,
+        width: int,
+        dropout: float,
+        residual: bool,
+        generator: torch.Generator,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         M, K, D = num_modalities, num_experts, width
@@ -36,7 +45,7 @@ class Experts(nn.Module):
         self.second_LDD = nn.Parameter(uniform(M * K, D, D).data * (0.0 if residual else 2**-0.5))
         self.second_bias_LD = nn.Parameter(torch.zeros(M * K, D))
         self.dropout = nn.Dropout(dropout)
-        self.residual, self.num_experts = residual, num_experts
+        self.residual, self.num_experts, self.recompute = residual, num_experts, recompute
 
     def forward(self, x_MUD: Tensor) -> Tensor:
         """(M, U, D) to views (M, K, U, D).
@@ -47,7 +56,13 @@ class Experts(nn.Module):
         M, U, D = x_MUD.shape
         if self.first_MDH.shape[:2] != (M, D):
             raise ShapeError(f"Experts: x_MUD is ({M}, {U}, {D}), expected M and D of {tuple(self.first_MDH.shape[:2])}")
-        K, x_MUD = self.num_experts, x_MUD.to(self.first_MDH.dtype)
+        x_MUD = x_MUD.to(self.first_MDH.dtype)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._views, x_MUD, use_reentrant=False)
+        return self._views(x_MUD)
+
+    def _views(self, x_MUD: Tensor) -> Tensor:
+        (M, U, D), K = x_MUD.shape, self.num_experts
         hidden_MUH = torch.relu(torch.baddbmm(self.first_bias_MH[:, None], x_MUD, self.first_MDH))
         hidden_LUD = self.dropout(hidden_MUH).view(M, U, K, D).transpose(1, 2).reshape(M * K, U, D)
         views = torch.baddbmm(self.second_bias_LD[:, None], hidden_LUD, self.second_LDD).view(M, K, U, D)

@@ -25,8 +25,7 @@ from mocme_dist.model.rotate import Relations
 class ModelSettings(NamedTuple):
     """Sizes and switches; see the projection, experts and fusion sections of the configuration.
 
-    compiled: training encodes by one compiled graph; evaluation never does, so
-    that its vectors do not depend on it.
+    compiled: training encodes by one compiled graph; evaluation never does, so that its vectors do not depend on it.
     """
 
     width: int = 256
@@ -39,6 +38,7 @@ class ModelSettings(NamedTuple):
     structure: str = "mlp"
     gamma: float = 12.0
     fusion: FusionSettings = FusionSettings()
+    recompute: bool = False
     compiled: bool = False
 
 
@@ -69,7 +69,9 @@ class MoCME(nn.Module):
             torch.manual_seed(seed)  # Linear layers initialise from the global generator
             self.projections = Projections(raw_widths, settings.projection_hidden or D, D, settings.projection_dropout, settings.structure)
         mixed = settings.experts == "mlp"
-        self.experts = Experts(M, K, D, settings.experts_dropout, settings.residual, generator) if mixed else NoExperts()
+        self.experts = (
+            Experts(M, K, D, settings.experts_dropout, settings.residual, generator, settings.recompute) if mixed else NoExperts()
+        )
         self.fusion = Fusion(M, K, D, settings.fusion._replace(compiled=settings.compiled), generator)
         self.relations = Relations(num_relations, D, generator)
         # RotatE's initial range: with parts near 1 the distances of D / 2 moduli start near gamma, not far above.

@@ -283,6 +283,7 @@ def model_settings(config: Config) -> ModelSettings:
         num_experts=config.experts.num_experts,
         experts=config.experts.kind,
         residual=config.experts.residual,
+        recompute=config.experts.recompute,
         experts_dropout=config.experts.dropout,
         projection_hidden=config.projection.hidden,
         projection_dropout=config.projection.dropout,

@@ -114,3 +114,38 @@ def test_projections_keep_the_order_of_modalities_and_may_pass_structure_through
     assert not any("structure" in name for name, _ in through.named_parameters())
     both = Projections(widths, 5, 4, 0.0, "mlp")
     assert torch.equal(both({"text": raw["text"], "structure": raw["structure"]})[0], both.by_modality["structure"](raw["structure"]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputed_experts_give_the_same_gradients_and_draw_the_same_dropout(dropout):
+    found = []
+    for recompute in (False, True):
+        experts = Experts(2, 3, 8, dropout, True, torch.Generator().manual_seed(0), recompute)
+        with torch.no_grad():
+            experts.second_LDD.normal_(generator=torch.Generator().manual_seed(1))
+        x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        torch.manual_seed(3)
+        views = experts(x)
+        torch.rand(7)  # what is drawn in between does not change what is drawn again
+        views.square().sum().backward()
+        found.append([views.detach(), x.grad, *(p.grad for p in experts.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_recomputed_experts_keep_no_hidden_layer():
+    def kept(recompute: bool) -> int:
+        experts = Experts(2, 3, 8, 0.0, False, torch.Generator().manual_seed(0), recompute)
+        sizes: dict[int, int] = {}
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            sizes[value.data_ptr()] = value.numel()
+            return value
+
+        parameters = {p.data_ptr() for p in experts.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            experts(torch.randn(2, 50, 8).requires_grad_())
+        return sum(size for address, size in sizes.items() if address not in parameters)
+
+    assert kept(False) >= 2 * 50 * 8 + 2 * 3 * 50 * 8
+    assert kept(True) <= 2 * 50 * 8

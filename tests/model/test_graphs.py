@@ -11,8 +11,9 @@ from mocme_dist.model.mocme import MoCME, ModelSettings
 WIDTHS = {"structure": 8, "text": 5, "numeric": 3}
 
 
-def model(compiled: bool, **fusion: object) -> MoCME:
-    settings = ModelSettings(width=8, num_experts=2, gamma=6.0, fusion=FusionSettings(hidden=6, **fusion), compiled=compiled)
+def model(compiled: bool, recompute: bool = False, **fusion: object) -> MoCME:
+    chosen = FusionSettings(hidden=6, **fusion)
+    settings = ModelSettings(width=8, num_experts=2, gamma=6.0, fusion=chosen, recompute=recompute, compiled=compiled)
     return MoCME(WIDTHS, 2, settings, seed=3)
 
 
@@ -29,9 +30,9 @@ def step(module: MoCME, count: int, seed: int) -> list[torch.Tensor]:
     return [fused.z_VD.detach(), fused.loss.detach(), fused.intra_MK, fused.inter_VM, raw["structure"].grad, *gradients, *module.buffers()]
 
 
-def check(**fusion: object) -> int:
+def check(recompute: bool = False, **fusion: object) -> int:
     """Steps of several sizes, both ways; the number of graphs that were compiled after the first."""
-    eager, compiled = model(False, **fusion), model(True, **fusion)
+    eager, compiled = model(False, **fusion), model(True, recompute, **fusion)
     graphs = 0
     for number, count in enumerate((40, 57, 33, 64, 1, 41)):
         expected, found = step(eager, count, number), step(compiled, count, number)
@@ -52,6 +53,13 @@ def test_weights_with_a_gradient_are_left_to_eager(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="aot_eager", **options))
     monkeypatch.setattr("mocme_dist.model.mocme.one_graph", lambda _: pytest.fail("compiled"))
     assert check(weight_gradient="flow") == 0
+
+
+@pytest.mark.slow
+def test_recomputed_experts_are_part_of_the_graph(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="aot_eager", **options))
+    assert check(recompute=True, estimator="uniform") == 0
 
 
 def test_evaluation_never_runs_the_compiled_graph(monkeypatch):
