@@ -84,8 +84,10 @@ class Worker:
         self.stores = self._open_stores()
         self.compiled = use_compiler(config.compile, comm.device)
         raw_widths = {name: config.experts.width if name == "structure" else self.stores[name].width for name in self.modalities}
-        # ZeRO-3 fetches parameters in hooks of the modules, which a graph cannot hold.
-        settings = model_settings(config)._replace(compiled=self.compiled and config.deepspeed.stage < 3)
+        # ZeRO-3 fetches parameters in hooks of the modules, which a graph cannot hold. On a CPU, encoding is matrix
+        # products and little else: the graph took as long as eager code and tens of seconds to compile (RESULTS.md).
+        graph = self.compiled and config.deepspeed.stage < 3 and comm.device.type == "cuda"
+        settings = model_settings(config)._replace(compiled=graph)
         self.model = MoCME(raw_widths, dataset.num_relations, settings, config.train.seed).to(comm.device)
         self._set_statistics()
         self.table = self._make_engine()
