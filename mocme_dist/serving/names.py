@@ -1,7 +1,7 @@
 """Names to ids and back over a Parquet column, and what a misspelt name may have meant.
 
 All is done on the column as it lies in memory: five million names are never Python objects at once. Numbers pass between
-numpy and pyarrow as buffers: pyarrow.array and to_numpy import pandas, which takes longer than all the rest of a start.
+numpy and pyarrow as buffers: pyarrow.array, pyarrow.scalar and to_numpy import pandas, which takes longer than all the rest of a start.
 """
 
 from __future__ import annotations
@@ -70,23 +70,17 @@ class Names:
         wanted = list(dict.fromkeys(names))
         if len(wanted) <= _ONE_BY_ONE:
             return {name: at for name in wanted if (at := self._find_one(name)) is not None}
-        import pyarrow
         import pyarrow.compute
 
-        texts = [name.encode("utf8", "replace") for name in wanted]
-        offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-        buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"".join(texts))]
-        value_set = pyarrow.Array.from_buffers(pyarrow.large_string(), len(texts), buffers)
-        found = pyarrow.compute.indices_nonzero(pyarrow.compute.is_in(self.column, value_set=value_set))
+        found = pyarrow.compute.indices_nonzero(pyarrow.compute.is_in(self.column, value_set=_as_text(wanted)))
         places = np.frombuffer(found.buffers()[1], np.uint64)[found.offset : found.offset + len(found)].astype(np.int64)
         return dict(zip(self.take(places), places.tolist(), strict=True))
 
     def _find_one(self, name: str) -> int | None:
         """The id of one name: slice by slice, so that half the column is read on average, at 3 ns a name."""
-        import pyarrow
         import pyarrow.compute
 
-        wanted, first = pyarrow.scalar(name.encode("utf8", "replace").decode(), pyarrow.large_string()), 0
+        wanted, first = _as_text([name])[0], 0
         for chunk in self.column.chunks:
             for start in range(0, len(chunk), _SLICE):
                 found = pyarrow.compute.indices_nonzero(pyarrow.compute.equal(chunk.slice(start, _SLICE), wanted))
@@ -161,3 +155,13 @@ def _as_arrow(ids: NDArray[np.int64]) -> Any:
 
     ids = np.ascontiguousarray(ids, np.int64)
     return pyarrow.Array.from_buffers(pyarrow.int64(), len(ids), [None, pyarrow.py_buffer(ids)])
+
+
+def _as_text(names: Sequence[str]) -> Any:
+    """Names as an Arrow array."""
+    import pyarrow
+
+    texts = [name.encode("utf8", "replace") for name in names]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"".join(texts))]
+    return pyarrow.Array.from_buffers(pyarrow.large_string(), len(texts), buffers)
