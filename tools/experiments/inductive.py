@@ -166,7 +166,14 @@ def run_seed(
     run = work / f"run-dropout-{dropout:g}"
     quoted = lambda path: json.dumps(str(path.absolute()))  # noqa: E731
     overrides = [f"data.raw={quoted(work / 'raw')}", f"data.dataset={quoted(work / 'dataset')}", f"run.dir={quoted(run)}"]
-    overrides += ["launch.mode=local", "data.unseen=skip", f"train.seed={seed}", f"train.structure_dropout={dropout}", *args.set]
+    overrides += [
+        "launch.mode=local",
+        "deepspeed.engine=torch",
+        "data.unseen=skip",
+        f"train.seed={seed}",
+        f"train.structure_dropout={dropout}",
+        *args.set,
+    ]
     config = resolve_paths(load_config(args.config, overrides))
     started = time.monotonic()
     report = train(config)
