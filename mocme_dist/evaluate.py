@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentTypeError
-from pathlib import Path
 
 from mocme_dist.cluster import leave_ray
 from mocme_dist.commands import command_parser, run_command
-from mocme_dist.config import load_config
-from mocme_dist.errors import ConfigError
-from mocme_dist.train import resolve_paths
+from mocme_dist.train import config_of_run
 
 DESCRIPTION = """\
 Rank a split under a run's best checkpoint (by valid MRR), every entity a candidate, known answers filtered, ties at
@@ -34,15 +31,13 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
     parser.add_argument("--step", type=_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
     args = parser.parse_args()
-    run_dir = Path(args.run_dir).absolute()
-    saved = run_dir / "config.yaml"
-    if not saved.is_file():
-        raise ConfigError(f"{run_dir}: not a run directory: no config.yaml in it; give the run.dir of a training run")
-    config = resolve_paths(load_config([saved, *args.config], [*args.overrides, f"run.dir={json.dumps(str(run_dir))}"]))
+    config = config_of_run(args.run_dir, args.config, args.overrides)
     from mocme_dist.training.launch import is_follower, launch
+    from mocme_dist.training.rundir import RunDirectory
 
     report = launch(config, "evaluate", split=args.split, step=args.step)
     leave_ray()
+    RunDirectory(config.run.dir).send()
     if not is_follower(config):
         print(json.dumps(report), flush=True)
 

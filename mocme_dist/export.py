@@ -39,18 +39,13 @@ def main() -> None:
     )
     parser.add_argument("--step", type=_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
     args = parser.parse_args()
-    run_dir = Path(args.run_dir).absolute()
 
-    from mocme_dist.config import load_config
     from mocme_dist.data.storage import Mirror, is_url
-    from mocme_dist.errors import CheckpointError, ConfigError
+    from mocme_dist.errors import CheckpointError
     from mocme_dist.serving.layout import MANIFEST, check_target
-    from mocme_dist.train import resolve_paths
+    from mocme_dist.train import config_of_run
 
-    saved = run_dir / "config.yaml"
-    if not saved.is_file():
-        raise ConfigError(f"{run_dir}: not a run directory: no config.yaml in it; give the run.dir of a training run")
-    config = resolve_paths(load_config([saved, *args.config], [*args.overrides, f"run.dir={json.dumps(str(run_dir))}"]))
+    config = config_of_run(args.run_dir, args.config, args.overrides)
     mirror = Mirror(args.bundle_dir) if is_url(args.bundle_dir) else None
     target = mirror.path if mirror else Path(args.bundle_dir).absolute()
     check_target(target, args.format)
@@ -62,9 +57,9 @@ def main() -> None:
     from mocme_dist.training.rundir import RunDirectory
     from mocme_dist.training.worker import open_dataset
 
-    found = checkpoint.find(RunDirectory(run_dir).checkpoints, args.step, best=True)
+    found = checkpoint.find(RunDirectory(config.run.dir).checkpoints, args.step, best=True)
     if found is None:
-        raise CheckpointError(f"{run_dir}: no checkpoint; train first")
+        raise CheckpointError(f"{args.run_dir}: no checkpoint; train first")
     rows = RunRows(config, open_dataset(config), found)
     if args.format == "bundle":
         manifest = export_bundle(rows, target, args.dtype)

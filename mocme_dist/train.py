@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mocme_dist.cluster import leave_ray
 from mocme_dist.commands import command_parser, config_of, run_command
 from mocme_dist.config import Config
-from mocme_dist.config.load import parse_config
+from mocme_dist.config.load import load_config, parse_config
 from mocme_dist.data.storage import is_url
-from mocme_dist.errors import ConfigError, MocmeError, Preempted
+from mocme_dist.errors import ConfigError, MocmeError, Preempted, StorageError
 
 if TYPE_CHECKING:
     from mocme_dist.training.plan import Plan
@@ -35,13 +37,13 @@ Running the same command again resumes. The last line printed is one JSON object
 def resolve_paths(config: Config) -> Config:
     """The same configuration with absolute paths, so that workers elsewhere on this machine find them."""
     values = config.model_dump(mode="json")
-    run_dir = Path(config.run.dir).absolute()
-    values["run"]["dir"] = str(run_dir)
+    run_dir = config.run.dir.rstrip("/") if is_url(config.run.dir) else str(Path(config.run.dir).absolute())
+    values["run"]["dir"] = run_dir
     for key in ("raw", "dataset"):
         if values["data"][key] is not None:
             values["data"][key] = values["data"][key] if is_url(values["data"][key]) else str(Path(values["data"][key]).absolute())
     if config.data.raw is not None and config.data.dataset is None:
-        values["data"]["dataset"] = str(run_dir / "dataset")
+        values["data"]["dataset"] = f"{run_dir}/dataset"
     if values["data"]["dataset"] is None:
         raise ConfigError(
             "data: neither data.raw nor data.dataset is set; give a raw folder or a packed data set, as in --set data.raw=DIR"
@@ -79,6 +81,7 @@ def train(config: Config) -> dict[str, Any]:
     directory = RunDirectory(config.run.dir)
     with directory.lock():
         try:
+            directory.fetch()
             if not directory.config.exists():  # that of an earlier run stands until its checkpoint has accepted this one
                 directory.write_config(config)
             directory.status("running", pid=os.getpid())
@@ -90,9 +93,30 @@ def train(config: Config) -> dict[str, Any]:
             code = 75 if stopped else error.exit_code if isinstance(error, MocmeError) else 70
             state = "preempted" if stopped else "failed"
             directory.status(state, exit_code=code, error=f"{type(error).__name__}: {error}", **_where(directory))
+            with suppress(StorageError):  # what went wrong first is what matters
+                directory.send()
             raise
         directory.status("done", exit_code=0, **_where(directory))
+        directory.send()
     return report
+
+
+def config_of_run(place: str, files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a finished or interrupted run, with changes.
+
+    Args:
+        place: its directory or URL; what lies at a URL is fetched.
+
+    Raises:
+        ConfigError: it is no run directory.
+    """
+    from mocme_dist.training.rundir import RunDirectory
+
+    directory = RunDirectory(place)
+    directory.fetch()
+    if not directory.config.is_file():
+        raise ConfigError(f"{place}: not a run directory: no config.yaml in it; give the run.dir of a training run")
+    return resolve_paths(load_config([directory.config, *files], [*overrides, f"run.dir={json.dumps(place)}"]))
 
 
 def plan_of(config: Config) -> Plan:
@@ -158,7 +182,7 @@ def main() -> None:
 
     leave_ray()
     if not is_follower(config):
-        log.info("TensorBoard: tensorboard --logdir %s", Path(config.run.dir) / "tensorboard")
+        log.info("TensorBoard: tensorboard --logdir %s/tensorboard", config.run.dir)
         print(json.dumps(report), flush=True)
 
 

@@ -15,7 +15,7 @@ from mocme_dist.config.schema import DataConfig, EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.packing import pack_folder
 from mocme_dist.encoders.pipeline import extract_features
-from mocme_dist.errors import ConfigError, DataError, ShardError
+from mocme_dist.errors import ConfigError, DataError, ShardError, StorageError
 from mocme_dist.train import resolve_paths, train
 
 TINY = ("launch.mode=local", "deepspeed.engine=torch", "compile=off", "experts.width=8", "experts.num_experts=2", "mine.hidden=4")
@@ -152,3 +152,58 @@ def test_actors_fetch_shards_and_send_parts(ray_session, tiny_raw, tmp_path, mon
     assert extract(url, use_ray=True)["modalities"]["numeric"]["parts"]["done"] == 4
     parts = lambda place: {name: digest for name, digest in contents(place).items() if name.startswith("features/")}  # noqa: E731
     assert parts(url) == parts(str(tmp_path / "here"))
+
+
+def test_a_run_directory_there_is_resumed_and_evaluated_by_another_machine(url, tiny_raw, tmp_path):
+    from mocme_dist.train import config_of_run
+    from mocme_dist.training.loop import run_evaluation
+
+    def settings(run: str, epochs: int) -> list[str]:
+        paths = [f"data.dataset={json.dumps(str(tmp_path / 'here'))}", f"run.dir={json.dumps(run)}"]
+        return [*SHORT, *paths, "modalities=[structure]", f"train.epochs={epochs}", "train.checkpoint_every=1"]
+
+    pack_folder(tiny_raw, tmp_path / "here", DataConfig(shard_rows=16))
+    whole = train(resolve_paths(load_config([], settings(str(tmp_path / "run"), 4))))
+    run = f"{url}-run"
+    train(resolve_paths(load_config([], settings(run, 2))))
+    forget(tmp_path)
+    resumed = train(resolve_paths(load_config([], settings(run, 4))))
+    assert resumed["mrr"] == whole["mrr"] and resumed["step"] == whole["step"]
+    there = contents(run)
+    folders = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
+    assert folders == {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {"config.yaml", "metrics.json", "metrics.jsonl", "run_status.json"} <= there.keys()
+    assert any(name.startswith("tensorboard/") for name in there) and not any("lock" in name for name in there)
+    forget(tmp_path)
+    config = config_of_run(run, overrides=["launch.mode=local"])
+    assert run_evaluation(config, "test", "auto")["mrr"] == whole["mrr"]
+
+
+def test_a_store_that_fails_while_training_costs_a_warning_until_the_end(tiny_raw, tmp_path, monkeypatch, caplog):
+    from mocme_dist.data.storage import Mirror
+
+    monkeypatch.setenv("MOCME_CACHE", str(tmp_path / "cache"))
+    pack_folder(tiny_raw, tmp_path / "here", DataConfig(shard_rows=16))
+    pushes = []
+    whole = Mirror.push
+
+    def push(self, names):
+        pushes.append(names)
+        if len(pushes) == 1:
+            raise StorageError("no answer")
+        whole(self, names)
+
+    monkeypatch.setattr(Mirror, "push", push)
+    paths = [f"data.dataset={json.dumps(str(tmp_path / 'here'))}", f"run.dir={json.dumps(f'file://{tmp_path}/bucket/run')}"]
+    with caplog.at_level("WARNING"):
+        train(resolve_paths(load_config([], [*SHORT, *paths, "modalities=[structure]", "train.checkpoint_every=1", "train.epochs=2"])))
+    assert "is saved here and not there yet" in caplog.text
+    assert json.loads((tmp_path / "bucket" / "run" / "run_status.json").read_text())["state"] == "done"
+    assert len(list((tmp_path / "bucket" / "run" / "checkpoints").glob("step_*/MANIFEST.json"))) == 2
+
+
+def test_a_folder_without_a_run_is_told(url):
+    from mocme_dist.train import config_of_run
+
+    with pytest.raises(ConfigError, match="not a run directory"):
+        config_of_run(url)
