@@ -46,7 +46,7 @@ def everything(worker: Worker) -> dict[str, torch.Tensor]:
 
 def take_step(worker: Worker, step: int, bad_part: int | None = None, where: str = "loss") -> Any:
     """One step; with a bad part the last rank's loss, or the gradient of its rows, is NaN there."""
-    parts = list(worker.parts(worker.prepare(step)))
+    parts = list(worker.parts(worker.prepare(step), step))
     if bad_part is not None and worker.comm.rank == worker.comm.world_size - 1:
         bad = parts[bad_part]
         if where == "loss":
