@@ -255,7 +255,7 @@ class EvaluationConfig(Section):
     tile_rows: int = Field(1024, ge=16, description="Entities scored at once; with query_block it bounds the memory.")
     encode_rows: int = Field(4096, ge=1, description="Entities fused at once.")
     vectors_mb: int = Field(
-        1024, ge=1, description="A rank whose fused vectors need more than this makes them piece by piece, twice, instead of keeping them."
+        512, ge=1, description="A rank whose fused vectors need more than this makes them piece by piece, twice, instead of keeping them."
     )
 
 

@@ -88,18 +88,21 @@ class EntityEncoder:
         return RowShard(z_rD, self.first)
 
     def pieces(self) -> Iterator[RowShard]:
-        """See `Vectors`."""
+        """See `Vectors`; a piece is there until the next one is made."""
         return self._pieces(range(self.rounds), self.piece_blocks)
 
     def _pieces(self, turns: range, blocks: int) -> Iterator[RowShard]:
         weights = []
+        # One buffer for all pieces: two of them, and the blocks of a third, would be what the pieces are there to save.
+        buffer_ND = torch.empty(min(blocks * self.block_rows, self.num_rows), self.model.settings.width, device=self.device)
         for start in range(0, len(turns), blocks):
-            vectors = []
+            begin = end = self._bounds(start)[1]
             for turn in turns[start : start + blocks]:
                 z_VD, weight_VM = self._encode(turn)
-                vectors.append(z_VD)
+                buffer_ND[end - begin : end - begin + len(z_VD)] = z_VD
+                end += len(z_VD)
                 weights.append(weight_VM)
-            yield RowShard(torch.cat(vectors) if len(vectors) > 1 else vectors[0], self.first + self._bounds(start)[1])
+            yield RowShard(buffer_ND[: end - begin], self.first + begin)
         self.weights_rM = torch.cat(weights) if weights else self.weights_rM
 
     def pick(self, ids_Q: np.ndarray) -> Tensor:

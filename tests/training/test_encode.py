@@ -29,7 +29,7 @@ def rank_both(comm: Comm, dataset: Path, run_dir: Path, block_rows: int) -> tupl
 
     lazy, whole = encoder(), encoder().whole()
     assert torch.equal(whole.z_rD, worker.encode_rows().z_rD)
-    assert torch.equal(torch.cat([piece.z_rD for piece in lazy.pieces()]), whole.z_rD)
+    assert torch.equal(torch.cat([piece.z_rD.clone() for piece in lazy.pieces()]), whole.z_rD)
     assert lazy.finite and len(lazy.weights_rM) == whole.num_rows
     ids = np.arange(worker.dataset.num_entities)
     assert torch.equal(lazy.pick(ids), whole.pick(ids))
