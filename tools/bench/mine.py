@@ -3,7 +3,7 @@
 The loop is the usual form of MINE: each pair has its network on concatenated views, called on the joint and on the
 marginal rows. Both train on one half of the rows and estimate on the other, forward and backward, with equal weights;
 parity of estimates, loss and gradients is checked first. M K (K - 1) / 2 pairs of experts and M (M - 1) / 2 pairs of
-modalities.
+modalities. `speedup` is of the form that training takes: eager on a CPU, compiled on CUDA.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def main() -> None:
     compiled_ms, compiled_p90 = measure(lambda: batched(True), 3, 20)
     print(f"loop {loop_ms:.2f} ms (p90 {loop_p90:.2f}), batched {eager_ms:.2f} ms, compiled {compiled_ms:.2f} ms (p90 {compiled_p90:.2f})")
     rows = [
-        row("speedup", loop_ms / compiled_ms, "x", ">= 10"),
+        row("speedup", loop_ms / (compiled_ms if torch.cuda.is_available() else eager_ms), "x", ">= 10"),
+        row("compiled_speedup", loop_ms / compiled_ms, "x"),
         row("eager_speedup", loop_ms / eager_ms, "x"),
         row("loop_ms", loop_ms, "ms"),
         row("compiled_ms", compiled_ms, "ms"),
