@@ -21,6 +21,14 @@ from mocme_dist.partition import RowPartition
 _INIT_BLOCK = 4096
 
 
+def _empty_rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Rows to be filled. On the CPU by numpy, which asks the system for huge pages: random rows of gigabytes in small ones miss the TLB."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(num_rows, width, dtype=dtype, device=device)
+    raw = np.empty((num_rows, width), dtype={torch.float32: np.float32, torch.bfloat16: np.int16}[dtype])
+    return torch.from_numpy(raw).view(dtype)
+
+
 def initial_rows(
     first: int,
     last: int,
@@ -35,7 +43,7 @@ def initial_rows(
     Made in blocks of fixed id ranges, each with its own counter-based stream, so every world size starts alike, and
     straight into the tensor that stays, so there is never a second one.
     """
-    out = torch.empty(last - first, width, dtype=dtype, device=device)
+    out = _empty_rows(last - first, width, dtype, device)
     for block in range(first // _INIT_BLOCK, -(-last // _INIT_BLOCK) if last > first else 0):
         start = block * _INIT_BLOCK
         values = np.random.Generator(np.random.Philox(key=[seed, block])).random((_INIT_BLOCK, width), dtype=np.float32)
