@@ -30,6 +30,7 @@ TABLES = {
     "audio": ("audio.tsv", ("entity", "file")),
     "video": ("video.tsv", ("entity", "file")),
 }
+MAX_FILE_BYTES = 2 << 30  # of one picture, sound or film
 _BUFFER_BYTES = 128 << 20
 # What a buffered row costs besides its bytes: its object and its place in a list.
 _ROW_BYTES = 64
@@ -142,9 +143,11 @@ def _checked_file(file: RawFile, number: int, name: bytes, modality: str, media:
     if _suffix(path) not in SUFFIXES[modality]:
         file.fail(number, f"file '{path}' is of an unknown kind; expected one of {', '.join(SUFFIXES[modality])}")
     try:
-        media.size(path)
+        size = media.size(path)
     except ValueError as error:
         file.fail(number, str(error))
+    if size > MAX_FILE_BYTES:  # it would be read whole
+        file.fail(number, f"file '{path}' has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}: take it out, or cut it")
     return name.strip()
 
 

@@ -3,7 +3,8 @@
 `encoders.audio.model` is one of
     log_mel                 statistics over time of the log-mel spectrum, no weights; see `LogMel` for the exact numbers;
     transformers:FOLDER     a transformers sound model (wav2vec 2.0, HuBERT, WavLM, AST, Whisper's encoder, CLAP's sound
-                            half ...) behind its own feature extractor, its last hidden state averaged over positions;
+                            half ...) behind its own feature extractor, its last hidden state averaged over positions; CLAP
+                            hears the first seconds that its extractor takes (10), as it would draw from longer sounds by chance;
     MODULE:FUNCTION         FUNCTION() returns an nn.Module that maps samples (B, T) float32 to (B, F); its attributes:
                             width (F, int), sample_rate (int), weights_sha256 (str, pins the features on disk).
 A sound is one channel at the model's rate, its first `encoders.audio.seconds`; one shorter than a tenth of a second is
@@ -156,7 +157,11 @@ def _transformers_ear(name: str, random_weights: bool) -> Ear:
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
 
+    # CLAP's extractor takes pieces at random from a sound that is longer than this
+    limit = getattr(extractor, "nb_max_samples", None)
+
     def prepare(samples: np.ndarray) -> dict[str, Tensor]:
+        samples = samples if limit is None else samples[: int(limit)]
         made = extractor(samples, sampling_rate=rate, return_tensors="pt")
         return {key: value[0] for key, value in made.items() if key != "attention_mask"}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from mocme_dist.config.schema import EncodersConfig
-from mocme_dist.errors import ConfigError
+from mocme_dist.errors import ConfigError, MocmeError
 
 
 class BadFile(ValueError):
@@ -88,6 +89,24 @@ def decode_files(members: Mapping[str, bytes], decode: Callable[[bytes], Any]) -
         except BadFile as error:
             decoded.failures.append(Failure(error.cause, f"{name}: {error}"))
     return decoded
+
+
+def decode_safely(encoder: Encoder, members: Mapping[str, bytes]) -> Decoded:
+    """What `encoder.decode` gives; an error that no decoder foresaw costs these members, not the job."""
+    try:
+        return encoder.decode(members)
+    except MocmeError:
+        raise
+    except Exception as error:  # decoders meet whatever people find on the web, and raise whatever they like
+        names = ", ".join(sorted(members))
+        # an address in memory would make reports of reruns differ
+        message = re.sub(r"0x[0-9a-fA-F]+", "0x...", str(error).splitlines()[0]) if str(error) else ""
+        return Decoded(failures=[Failure("undecodable", f"{names}: {type(error).__name__}: {message}")])
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates, which JSON lets pass and files do not, written as escapes."""
+    return text.encode("utf8", "backslashreplace").decode("utf8")
 
 
 def _member_order(name: str) -> tuple[int, str]:

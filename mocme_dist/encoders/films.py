@@ -59,7 +59,7 @@ def decode_film(content: bytes, config: VideoEncoderConfig, size: int, max_pixel
     if container is None:
         if _is_cut_gif(content):
             raise BadFile("truncated", f"the GIF ends after {len(content)} bytes without its trailer")
-        return decode_frames(content, config.frames, size, max_pixels, config.max_frames)
+        return decode_frames(content, config.frames, size, max_pixels, config.max_frames, config.max_seconds)
     if (_mp4_end if container == "mp4" else _matroska_end)(content) > len(content):
         raise BadFile("truncated", f"the file ends after {len(content)} bytes, its own sizes say it is longer")
     av = require_av()

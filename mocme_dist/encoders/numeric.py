@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from mocme_dist.encoders.encoder import Decoded, Failure
+from mocme_dist.encoders.encoder import Decoded, Failure, printable
 from mocme_dist.errors import DataError
 
 SAMPLE = 100_000  # values of an attribute that its median and quartiles are taken from
@@ -66,15 +67,24 @@ def read_numbers(members: Mapping[str, bytes]) -> tuple[dict[str, float], list[F
     try:
         values = json.loads(content.decode("utf8", "replace"))
         items = list(values.items())
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         return {}, [Failure("not JSON", f"numeric.json: {error}")]
     numbers, failures = {}, []
     for name, value in items:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            numbers[str(name)] = float(value)
+        number = _number(value)
+        if math.isfinite(number):
+            numbers[printable(name)] = number
         else:
-            failures.append(Failure("not a number", f"numeric.json: {name}: {value!r}"))
+            failures.append(Failure("not a number", f"numeric.json: {name}: {reprlib.repr(value)}"))
     return numbers, failures
+
+
+def _number(value: Any) -> float:
+    """A JSON number as a float; NaN for anything else, and for integers beyond a float."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def collect_numbers(samples: Iterable[Mapping[str, bytes]]) -> dict[str, tuple[int, list[float]]]:

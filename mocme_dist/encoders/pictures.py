@@ -18,6 +18,7 @@ from mocme_dist.encoders.encoder import BadFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 ANIMATED = ("WEBP", "GIF", "PNG")
+MAX_ANIMATED_PIXELS = 10_000_000_000  # over all frames: minutes of decoding, where a GIF of a few kB could ask for days
 
 
 def decode_picture(content: bytes, size: int, max_pixels: int) -> np.ndarray:
@@ -30,30 +31,36 @@ def decode_picture(content: bytes, size: int, max_pixels: int) -> np.ndarray:
         return _shrunk(image, size)
 
 
-def decode_frames(content: bytes, count: int, size: int, max_pixels: int, max_frames: int) -> np.ndarray:
+def decode_frames(content: bytes, count: int, size: int, max_pixels: int, max_frames: int, max_seconds: float) -> np.ndarray:
     """Frames of an animated picture, the middles of `count` equal parts of it, or all where it has fewer.
 
     Args:
         content: an animated WebP, GIF or PNG; a still picture is a film of one frame.
         count: frames wanted.
         size, max_pixels: as in `decode_picture`.
-        max_frames: a film of more is refused.
+        max_frames, max_seconds: a film of more is refused.
 
     Returns:
         (k, size, size, 3) uint8, 1 <= k <= count.
 
     Raises:
-        BadFile: as `decode_picture`; also 'too long'.
+        BadFile: as `decode_picture`; also 'too long'. 'too large' as well where all frames together have over 10^10 pixels.
     """
     with _opened(content, ANIMATED, max_pixels) as image:
         frames = int(getattr(image, "n_frames", 1))
         if frames > max_frames:
             raise BadFile("too long", f"{frames:,} frames, limit {max_frames:,}")
-        seen = []
-        for place in middles(frames, count):
+        if frames > 1 and frames * image.width * image.height > MAX_ANIMATED_PIXELS:
+            raise BadFile("too large", f"{frames:,} frames of {image.width} x {image.height} pixels, limit {MAX_ANIMATED_PIXELS:,} in all")
+        wanted, seen, length_ms = set(middles(frames, count)), [], 0.0
+        for place in range(frames):  # a frame is made from those before it, so none is decoded in vain but the last few
             image.seek(place)
             image.load()
-            seen.append(_shrunk(image, size))
+            length_ms += float(image.info.get("duration") or 0) if frames > 1 else 0.0
+            if length_ms > 1000 * max_seconds:
+                raise BadFile("too long", f"more than {max_seconds:,.0f} s")
+            if place in wanted:
+                seen.append(_shrunk(image, size))
         return np.stack(seen)
 
 

@@ -27,7 +27,7 @@ from mocme_dist.data.files import read_json, write_json
 from mocme_dist.data.progress import Progress
 from mocme_dist.encoders.build import ENCODED, build_encoder, encoder_settings, with_absolute_paths
 from mocme_dist.encoders.encoder import Encoder, encoder_hash
-from mocme_dist.encoders.heartbeat import Heartbeat, watch
+from mocme_dist.encoders.heartbeat import Heartbeat, begun_most, watch
 from mocme_dist.encoders.numeric import RULE, NumericStatistics, collect_numbers, fit_numbers
 from mocme_dist.encoders.report import finish_modality, finish_report, timings
 from mocme_dist.encoders.shard import NOTHING, extract_shard, leave_out
@@ -36,6 +36,7 @@ from mocme_dist.errors import ConfigError, DataError, MocmeError, ShardError
 log = logging.getLogger(__name__)
 
 READ_HERE_BYTES = 1 << 30  # shards up to this much are read for their statistics sooner than actors have started
+TASK_RETRIES, ACTOR_RESTARTS = 3, 20  # of a shard whose actor died, of an actor
 Task = dict[str, Any]  # {"kind": a modality or "statistics", "shard": n}
 Result = dict[str, Any]
 
@@ -62,11 +63,14 @@ def extract_features(
         The report: per modality counts, failures by cause with examples, rates and bytes; shards that were left out.
 
     Raises:
-        ConfigError: an encoder cannot be had. ShardError: a shard is damaged and `on_bad_shard` is error.
+        ConfigError: an encoder cannot be had, or the texts have none of the columns.
+        ShardError: a shard is damaged and `on_bad_shard` is error.
         DataError: strict and a file cannot be decoded, or too many entities have no feature.
         StorageError: a part cannot be written.
     """
     wanted = _ordered(dataset, modalities)
+    if "text" in wanted:
+        _check_columns(dataset, text_columns)
     # actors start in another folder; they check the shards they read
     dataset = Dataset.open(dataset.place, check_shards=encoders.on_bad_shard == "error")
     encoders = with_absolute_paths(encoders)
@@ -167,10 +171,14 @@ class _Actor:
 
     def __init__(self, workshop: Workshop) -> None:
         self.workshop = workshop
-        self.on_rows = Heartbeat(workshop.heartbeats).beat if workshop.heartbeats is not None else None
+        self.heart = Heartbeat(workshop.heartbeats) if workshop.heartbeats is not None else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(self.workshop.do(json.loads(row["task"]), self.on_rows))}
+        task = json.loads(row["task"])
+        if self.heart is None:
+            return {"result": json.dumps(self.workshop.do(task))}
+        with self.heart.at(f"shard {task['shard']} of {task['kind']}"):
+            return {"result": json.dumps(self.workshop.do(task, self.heart.beat))}
 
 
 def _ordered(dataset: Dataset, modalities: Sequence[str]) -> list[str]:
@@ -179,6 +187,17 @@ def _ordered(dataset: Dataset, modalities: Sequence[str]) -> list[str]:
         if name not in have:
             raise ConfigError(f"modality {name}: {dataset.directory} has no such files to encode; it has {', '.join(have) or 'none'}")
     return [name for name in have if name in modalities]
+
+
+def _check_columns(dataset: Dataset, text_columns: Sequence[str]) -> None:
+    there = dataset.modalities["text"].get("columns")
+    if there is None:  # imported vectors
+        return
+    unknown = [name for name in text_columns if name not in there]
+    if len(unknown) == len(text_columns):
+        raise ConfigError(f"data.text_columns: the data set's texts have no column {', '.join(unknown)}; they have {', '.join(there)}")
+    if unknown:
+        log.warning("data.text_columns: the data set's texts have no column %s; they have %s", ", ".join(unknown), ", ".join(there))
 
 
 # -- running tasks
@@ -212,9 +231,20 @@ def _run_ray(tasks: Sequence[Task], workshop: Workshop) -> Generator[Result, Non
         compute=ray.data.ActorPoolStrategy(size=min(encoders.actors, len(tasks)), max_tasks_in_flight_per_actor=2),
         num_cpus=encoders.cpus_per_actor,
         num_gpus=encoders.gpus_per_actor or None,
+        # not for ever, as is the default: a file that kills its worker would be tried without end
+        max_task_retries=TASK_RETRIES,
+        max_restarts=ACTOR_RESTARTS,
     )
-    for row in done.iter_rows():
-        yield json.loads(row["result"])
+    try:
+        for row in done.iter_rows():
+            yield json.loads(row["result"])
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        begun = begun_most(workshop.heartbeats) if workshop.heartbeats is not None else ""
+        where = f"most likely over {begun}" if begun else "over the same shard"
+        raise DataError(
+            f"a worker died {1 + TASK_RETRIES} times, {where}: a file in it kills the decoder, "
+            f"or memory is too short (fewer encoders.actors, a smaller batch_size): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _run_all(

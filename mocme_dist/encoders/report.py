@@ -13,6 +13,7 @@ from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FEATURES_FORMAT, part_path
 from mocme_dist.data.files import read_json, write_json
+from mocme_dist.encoders.build import ENCODED
 from mocme_dist.encoders.shard import EXAMPLES, part_presence, part_width, strict_error
 from mocme_dist.errors import DataError
 
@@ -72,14 +73,23 @@ def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], p
 def finish_report(dataset: Dataset, rows: dict[str, dict[str, Any]], max_missing: float) -> dict[str, Any]:
     """The whole report, written to extract_report.json before it is judged.
 
+    It holds `rows`, of this run, and the last rows of the other finished modalities; all of them count for what is missing.
+
     Raises:
-        DataError: more than the share `max_missing` of the entities have no feature of any of these modalities.
+        DataError: more than the share `max_missing` of the entities have no feature of any finished modality.
     """
     missing = dataset.num_entities
-    dataset.bring(*(f"features/{name}/*" for name in rows))
-    if rows:
+    encoded = [name for name in ENCODED if name in dataset.modalities]
+    finished = {name: _finished(dataset, name) for name in encoded if name not in rows}
+    names = [name for name in encoded if name in rows or finished[name]]
+    before = _rows_before(dataset)
+    # rows of modalities that this run left alone stay, those of other features than lie there now do not
+    kept = {name: row for name, row in before.items() if finished.get(name) and row.get("encoder_hash") == finished[name]}
+    rows = {name: (rows | kept)[name] for name in names if name in rows or name in kept}
+    dataset.bring(*(f"features/{name}/*" for name in names))
+    if names:
         missing = sum(
-            int((~np.logical_or.reduce([part_presence(dataset.directory / "features" / name, shard) for name in rows])).sum())
+            int((~np.logical_or.reduce([part_presence(dataset.directory / "features" / name, shard) for name in names])).sum())
             for shard in range(dataset.shards.num_shards)
         )
     share = missing / dataset.num_entities
@@ -96,6 +106,26 @@ def finish_report(dataset: Dataset, rows: dict[str, dict[str, Any]], max_missing
             f"{100 * max_missing:g} %: add their files, or raise --max-missing (data.max_missing)"
         )
     return report
+
+
+def _finished(dataset: Dataset, modality: str) -> str:
+    """The encoder hash of a modality's finished features; empty where there are none."""
+    directory = dataset.directory / "features" / modality
+    dataset.bring(f"features/{modality}/*")
+    if not (directory / "manifest.json").is_file():
+        return ""
+    if not all(part_path(directory, shard).is_file() for shard in range(dataset.shards.num_shards)):
+        return ""
+    return str(read_json(directory / "manifest.json").get("encoder_hash", ""))
+
+
+def _rows_before(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """The rows of the last report, by modality."""
+    dataset.bring("extract_report.json")
+    try:
+        return dict(read_json(dataset.directory / "extract_report.json")["modalities"])
+    except (DataError, KeyError, TypeError, ValueError):
+        return {}  # absent, or not one of ours: its rows are made again with their modalities
 
 
 def timings(results: Iterable[dict[str, Any]], wall_s: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import part_path, write_part
 from mocme_dist.data.shards import Member
-from mocme_dist.encoders.encoder import Decoded, Encoder, Failure
+from mocme_dist.encoders.encoder import Decoded, Encoder, Failure, decode_safely, printable
 from mocme_dist.errors import DataError
 
 EXAMPLES = 20  # failures listed by name; all are counted
@@ -56,6 +56,7 @@ class _Tally:
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, entity: int, cause: str, message: str, modality: str, strict: bool) -> None:
+        message = printable(message)
         if strict:
             raise strict_error(entity, modality, cause, message)
         self.failed[cause] += 1
@@ -166,7 +167,7 @@ def _decode(members: Iterator[Member], encoder: Encoder, tally: _Tally, threads:
             message = f"{member.name}: {member.size:,} bytes, the limit is encoders.max_member_mb"
             decoded = Decoded(failures=[Failure("too large", message)])
         else:
-            decoded = encoder.decode({member.name: member.content})
+            decoded = decode_safely(encoder, {member.name: member.content})
         return dataclasses.replace(member, content=None), decoded, time.monotonic() - before
 
     def read() -> Iterator[Member]:

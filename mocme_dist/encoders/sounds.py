@@ -148,9 +148,22 @@ def _is_cut(content: bytes) -> bool:
         table = content[page + 27 : page + 27 + segments[0]] if segments else b""
         whole = bool(segments) and len(table) == segments[0] and page + 27 + len(table) + sum(table) <= len(content)
         return not (whole and content[page + 5] & 4)  # flag 4: last page of the stream
-    xing = max(content.find(b"Xing", 0, 4096), content.find(b"Info", 0, 4096))
-    if content[:4] != b"fLaC" and xing > 0 and content[xing + 7] & 2:  # flag 2: the bytes of the sound are told
-        place = xing + 8 + (4 if content[xing + 7] & 1 else 0)
-        # counted from the frame that holds the header, at most 36 bytes before it
-        return int.from_bytes(content[place : place + 4], "big") > len(content) - max(xing - 36, 0)
+    return content[:4] != b"fLaC" and _is_cut_mp3(content)
+
+
+def _is_cut_mp3(content: bytes) -> bool:
+    """Whether the Xing or Info header in the first frame of an MP3 tells of more bytes than there are."""
+    frame = 0
+    if content[:3] == b"ID3" and len(content) >= 10:  # its texts may hold the words Xing and Info
+        frame = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=True))
+        frame += 10 if content[5] & 0x10 else 0  # a footer
+    for place in (frame + 13, frame + 21, frame + 36):  # after the side information of MPEG 2 mono, MPEG 1 mono or 2 stereo, 1 stereo
+        if content[place : place + 4] not in (b"Xing", b"Info"):
+            continue
+        flags = int.from_bytes(content[place + 4 : place + 8], "big")
+        told = place + 8 + (4 if flags & 1 else 0)
+        if len(content) < place + 8 or (flags & 2 and len(content) < told + 4):
+            return True
+        # flag 2: the bytes of the sound are told, counted from the frame that holds the header
+        return bool(flags & 2) and int.from_bytes(content[told : told + 4], "big") > len(content) - frame
     return False

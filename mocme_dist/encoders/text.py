@@ -39,6 +39,8 @@ _TINY_CONFIG: dict[str, Any] = {
     "intermediate_size": 64,
 }
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+# weights that features never use: poolers, heads, and what stands for masked inputs in training
+_UNUSED = re.compile(r"(^|[._])(pooler|head|heads|mask_token|masked_spec_embed)(\.|$)")
 _CHARACTERS_PER_TOKEN = 64  # longer texts are cut before the tokenizer, which would read ten megabytes to keep 128 tokens
 
 
@@ -122,9 +124,13 @@ def load_transformer(folder: Path | None, random_weights: bool, setting: str) ->
 
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    missing: list[str] = []
     try:
         if not random_weights and folder is not None:
-            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32)
+            model, loaded = transformers.AutoModel.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
+            missing = sorted(name for name in loaded["missing_keys"] if not _UNUSED.search(name))
         else:
             if folder is None:
                 config = transformers.BertConfig(**_TINY_CONFIG)
@@ -136,6 +142,11 @@ def load_transformer(folder: Path | None, random_weights: bool, setting: str) ->
                 model = transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ConfigError(f"{setting}: {folder}: transformers cannot build the model: {str(error).splitlines()[0]}") from error
+    if missing:  # transformers would fill them with random numbers, other ones on every node
+        raise ConfigError(
+            f"{setting}: {folder}: the weights lack {len(missing)} of the model's tensors, {missing[0]} the first; give a folder whose "
+            "weights are those of its config.json"
+        )
     return model.eval().requires_grad_(False)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mocme_dist.config.load import parse_config
 from mocme_dist.data.tensors import map_tensors
 from mocme_dist.encoders.build import build_encoder
-from mocme_dist.encoders.encoder import Encoder, encoder_hash
+from mocme_dist.encoders.encoder import Encoder, decode_safely, encoder_hash
 from mocme_dist.encoders.numeric import NumericStatistics
 from mocme_dist.errors import ConfigError, DataError
 from mocme_dist.serving.bundle import Bundle
@@ -150,7 +150,7 @@ class NewEntityEncoder:
         if not own:
             return None
         encoder = self._encoder(modality)
-        decoded = encoder.decode(own)
+        decoded = decode_safely(encoder, own)
         if decoded.failures and strict:
             raise ConfigError(f"--new: {modality}: {decoded.failures[0].cause}: {decoded.failures[0].message}")
         if not decoded.pieces:

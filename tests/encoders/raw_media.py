@@ -73,7 +73,7 @@ def animation(kind: str, greys: list[int], size: int = 20) -> bytes:
 
 
 def write_raw(raw: Path) -> Path:
-    """A ring of entities; e0 to e5 have pictures (e1 two, e4 and e5 bad ones), even ones numbers, all but e7 texts."""
+    """A ring of entities; e0 to e5 have pictures (e1 two, e4 and e5 bad ones), even ones numbers, all but e7 texts, no one a note."""
     (raw / "images").mkdir(parents=True)
     names = [f"e{i}" for i in range(NUM_ENTITIES)]
     triples = [f"{names[i]}\tnext\t{names[(i + 1) % NUM_ENTITIES]}\n" for i in range(NUM_ENTITIES)]
@@ -81,8 +81,8 @@ def write_raw(raw: Path) -> Path:
     (raw / "valid.txt").write_text("e0\tnext\te5\n")
     (raw / "test.txt").write_text("e1\tnext\te6\n")
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
-    texts = [f"{name}\t{name if name != 'e7' else ''}\t{' '.join(words[: i % 9])}\n" for i, name in enumerate(names) if name != "e7"]
-    (raw / "text.tsv").write_text("entity\tlabel\tdescription\n" + "".join(texts))
+    texts = [f"{name}\t{name if name != 'e7' else ''}\t{' '.join(words[: i % 9])}\t\n" for i, name in enumerate(names) if name != "e7"]
+    (raw / "text.tsv").write_text("entity\tlabel\tdescription\tnote\n" + "".join(texts))
     numbers = [f"{name}\theight\t{i}\n" for i, name in enumerate(names) if i % 2 == 0] + ["e0\tpeople\t1000000\n", "e2\tpeople\t3\n"]
     (raw / "numeric.tsv").write_text("entity\tattribute\tvalue\n" + "".join(numbers))
     whole = picture(4)

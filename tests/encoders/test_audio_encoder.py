@@ -13,7 +13,7 @@ from raw_media import sound
 from torch import nn
 
 from mocme_dist.config.schema import AudioEncoderConfig
-from mocme_dist.encoders.audio import AudioEncoder, LogMel, audio_settings, mel_bank
+from mocme_dist.encoders.audio import AudioEncoder, LogMel, audio_settings, build_ear, mel_bank
 from mocme_dist.encoders.sounds import decode_sound
 from mocme_dist.encoders.torchvision_shim import prepare_torchvision
 from mocme_dist.errors import ConfigError, DataError
@@ -124,6 +124,19 @@ def test_a_transformers_model_hears_through_its_own_extractor(wav2vec):
         with torch.no_grad():
             expected = model(inputs["input_values"]).last_hidden_state[0].mean(dim=0)
         assert np.allclose(row, expected, atol=1e-5)
+
+
+def test_clap_hears_the_beginning_and_draws_nothing(wav2vec, tmp_path):
+    from transformers import ClapFeatureExtractor
+
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((wav2vec / name).read_bytes())
+    for truncation in ("fusion", "rand_trunc"):
+        ClapFeatureExtractor(max_length_s=1, truncation=truncation).save_pretrained(tmp_path)
+        ear = build_ear(config(model=f"transformers:{tmp_path}"))
+        samples = np.random.default_rng(0).normal(size=3 * 48_000).astype(np.float32)
+        one, two, first = ear.prepare(samples), ear.prepare(samples), ear.prepare(samples[:48_000])
+        assert torch.equal(one["input_features"], two["input_features"]) and torch.equal(one["input_features"], first["input_features"])
 
 
 def test_an_encoder_decoder_model_gives_its_encoder(tmp_path, caplog):

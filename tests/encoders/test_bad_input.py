@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import pytest
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore, part_path
 from mocme_dist.encoders import pipeline
+from mocme_dist.encoders.image import ImageEncoder
 from mocme_dist.encoders.pipeline import extract_features
 from mocme_dist.encoders.report import report_table
-from mocme_dist.errors import DataError, ShardError
+from mocme_dist.errors import ConfigError, DataError, ShardError
 
 COLUMNS = ("label", "description")
 ALL = ("text", "image", "numeric")
@@ -106,6 +109,48 @@ def test_files_above_the_limit_are_unread_counted_and_absent(packed, encoders, m
         extract_features(packed, strict, COLUMNS, ("image",), use_ray=False)
 
 
+def test_an_error_that_no_decoder_foresaw_costs_one_file_and_not_the_job(packed, encoders, monkeypatch):
+    real = ImageEncoder.decode
+
+    def decode(self, members):
+        if members == odd:
+            raise ValueError("\ud800 in <object at 0x7f00>")
+        return real(self, members)
+
+    shard, member = next((shard, m) for shard in range(3) for m in packed.read_members(shard, 2**20, "image"))
+    odd, record = {member.name: member.content}, packed.directory / "features" / "image" / f"part-{shard:06d}.json"
+    before = extract_features(packed, encoders, COLUMNS, ("image",), use_ray=False)["modalities"]["image"]
+    record.unlink()
+    monkeypatch.setattr(ImageEncoder, "decode", decode)
+    image = extract_features(packed, encoders, COLUMNS, ("image",), use_ray=False)["modalities"]["image"]
+    assert sum(image["failed"].values()) >= sum(before["failed"].values()) and image["failed"]["undecodable"] == 1
+    (example,) = [example for example in image["examples"] if example["cause"] == "undecodable"]
+    assert "ValueError: " in example["message"] and "0x7f00" not in example["message"] and "ud800" in example["message"]
+    record.unlink()
+    with pytest.raises(DataError, match="ValueError"):
+        extract_features(packed, update(encoders, strict=True), COLUMNS, ("image",), use_ray=False)
+
+
+def test_a_run_of_some_modalities_keeps_and_counts_the_others(packed, encoders):
+    whole = extract_features(packed, encoders, COLUMNS, ALL, use_ray=False)
+    again = extract_features(packed, encoders, COLUMNS, ("image",), False, max_missing=whole["missing"]["share"] + 0.001)
+    assert again["missing"] == whole["missing"] and list(again["modalities"]) == list(whole["modalities"])
+    assert again["modalities"]["text"] == whole["modalities"]["text"]
+    assert again["modalities"]["image"]["parts"] == {"done": 0, "skipped": 3}
+    assert again == json.loads((packed.directory / "extract_report.json").read_text())
+    (packed.directory / "features" / "text" / "manifest.json").unlink()  # text is no longer finished
+    less = extract_features(packed, encoders, COLUMNS, ("image",), use_ray=False)
+    assert list(less["modalities"]) == ["image", "numeric"] and less["missing"]["entities"] > whole["missing"]["entities"]
+
+
+def test_text_columns_that_are_not_there(packed, encoders, caplog):
+    with pytest.raises(ConfigError, match=r"data.text_columns: .*none.*label, description, note"):
+        extract_features(packed, encoders, ("none",), ("text",), use_ray=False)
+    with caplog.at_level(logging.WARNING):
+        extract_features(packed, encoders, ("label", "none"), ("text",), use_ray=False)
+    assert "no column none" in caplog.text
+
+
 def test_entities_without_features_are_reported_and_limited(packed, encoders):
     present = np.zeros(packed.num_entities, dtype=bool)
     report = extract_features(packed, encoders, COLUMNS, ("image", "numeric"), use_ray=False)
@@ -121,7 +166,7 @@ def test_entities_without_features_are_reported_and_limited(packed, encoders):
 
 def test_a_modality_that_nobody_has_is_a_warning(packed, encoders, caplog):
     with caplog.at_level(logging.WARNING):
-        extract_features(packed, encoders, ("none",), ("text",), use_ray=False)
+        extract_features(packed, encoders, ("note",), ("text",), use_ray=False)
     assert "text: not one entity has features" in caplog.text
 
 
@@ -176,3 +221,18 @@ def test_memory_that_does_not_suffice_names_the_setting(packed, encoders, monkey
     monkeypatch.setattr("mocme_dist.encoders.text.TextEncoder.encode", fails)
     with pytest.raises(pipeline.ConfigError, match=r"CUDA out of memory.; lower encoders.text.batch_size"):
         extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_file_that_kills_its_worker_ends_the_job_with_the_shard(packed, encoders, ray_session, tmp_path):
+    class Kills(pipeline.Workshop):
+        def do(self, task, on_rows=None):
+            if task["shard"] == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return dict(task)
+
+    workshop = Kills(packed.place, encoders, COLUMNS, None, {})
+    workshop.heartbeats = tmp_path
+    with pytest.raises(DataError, match="a worker died 4 times, most likely over shard 1 of text: a file in it kills the decoder"):
+        list(pipeline._run_ray([{"kind": "text", "shard": shard} for shard in range(3)], workshop))

@@ -7,7 +7,7 @@ import pytest
 from raw_media import FILMS, animation, film, picture, png_header, sound
 
 from mocme_dist.config.schema import VideoEncoderConfig
-from mocme_dist.encoders import films
+from mocme_dist.encoders import films, pictures
 from mocme_dist.encoders.encoder import BadFile
 from mocme_dist.encoders.films import decode_film
 from mocme_dist.encoders.pictures import decode_picture, middles
@@ -47,11 +47,15 @@ def test_films_give_the_frames_asked_for(kind, seek_s, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_animated_pictures_give_the_frames_asked_for(kind):
+def test_animated_pictures_give_the_frames_asked_for(kind, monkeypatch):
     greys = [0, 40, 80, 120, 160, 200]
     assert (frames_of(animation(kind, greys), frames=3)[:, 0, 0, 0] == [40, 120, 200]).all()
     assert (frames_of(animation(kind, greys), frames=9)[:, 0, 0, 0] == greys).all()
     assert cause_of(animation(kind, greys), max_frames=5) == "too long"
+    assert cause_of(animation(kind, greys), max_seconds=0.55) == "too long"
+    assert len(frames_of(animation(kind, greys), max_seconds=0.65)) == 5
+    monkeypatch.setattr(pictures, "MAX_ANIMATED_PIXELS", 6 * 20 * 20 - 1)
+    assert cause_of(animation(kind, greys)) == "too large"
 
 
 def test_a_still_picture_is_a_film_of_one_frame():

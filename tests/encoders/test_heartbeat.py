@@ -6,8 +6,11 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from mocme_dist.data.progress import Progress
-from mocme_dist.encoders.heartbeat import Heartbeat, rows_done, watch
+from mocme_dist.encoders.heartbeat import Heartbeat, begun_most, rows_done, watch
+from mocme_dist.errors import StorageError
 
 
 def test_rows_of_all_actors_reach_the_bar_and_the_folder_goes(tmp_path: Path):
@@ -35,6 +38,27 @@ def test_rows_of_all_actors_reach_the_bar_and_the_folder_goes(tmp_path: Path):
 
 def test_an_actor_without_its_folder_goes_on(tmp_path: Path):
     Heartbeat(tmp_path / "gone").beat(3)
+
+
+def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with (
+        Progress("extract", 1) as progress,
+        pytest.raises(StorageError, match="features: cannot be written"),
+        watch(tmp_path / "file" / "features", progress),
+    ):
+        pass
+
+
+def test_the_task_that_killed_most_actors_is_named(tmp_path: Path):
+    assert begun_most(tmp_path) == ""
+    died = [Heartbeat(tmp_path).at(task) for task in ("shard 3 of text", "shard 1 of text", "shard 3 of text")]
+    for at in died:  # never left
+        at.__enter__()
+    for _ in range(5):
+        with Heartbeat(tmp_path).at("shard 2 of text"):
+            assert rows_done(tmp_path) == 0
+    assert begun_most(tmp_path) == "shard 3 of text" and len(list(tmp_path.iterdir())) == 3
 
 
 def test_only_old_leavings_are_swept(tmp_path: Path):

@@ -122,6 +122,21 @@ def test_what_is_no_number_is_counted_and_the_rest_kept():
     assert encoder.decode({}).pieces == []
 
 
+def test_numbers_beyond_floats_deep_nesting_and_lone_surrogates_never_raise():
+    samples = [
+        {"numeric.json": b'{"a": 1' + b"0" * 400 + b', "b": 3}'},
+        {"numeric.json": b"[" * 100_000},
+        {"numeric.json": b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}"},
+        {"numeric.json": b'{"\\ud800": 2}'},
+    ]
+    found = fitted(samples)
+    assert [a.name for a in found.attributes] == ["\\ud800", "b"]
+    json.dumps(found.to_json(), ensure_ascii=False).encode("utf8")
+    decoded = [NumericEncoder(found).decode(members) for members in samples]
+    causes = [[failure.cause for failure in one.failures] for one in decoded]
+    assert causes == [["not a number"], ["not JSON"], ["not a number"], []] and [len(one.pieces) for one in decoded] == [1, 0, 0, 1]
+
+
 def test_no_number_at_all_is_a_data_error():
     with pytest.raises(DataError, match="no shard holds a number"):
         NumericEncoder(fitted([{}]))

@@ -122,7 +122,7 @@ def test_features_beyond_float16_are_absent_with_a_cause(packed, encoders, monke
 
 
 def test_a_shard_with_no_sample_of_the_modality_gives_an_empty_part(packed, encoders):
-    extract_features(packed, encoders, ("none",), ("text",), use_ray=False)
+    extract_features(packed, encoders, ("note",), ("text",), use_ray=False)
     for shard, rows in enumerate((8, 8, 7)):
         part = load_file(packed.directory / "features" / "text" / f"part-{shard:06d}.safetensors")
         assert part["values"].shape == (0, 32) and part["present"].tolist() == [0] * rows

@@ -67,6 +67,19 @@ def test_a_cut_file_is_refused_whatever_its_kind(kind, share):
     assert cause_of(content[: int(len(content) * share)]) == ("undecodable" if kind == "flac" else "truncated")
 
 
+def test_the_length_that_an_mp3_tells_is_read_from_its_first_frame_only():
+    whole = sound("mp3")
+    place = max(whole.find(b"Xing"), whole.find(b"Info"))
+    assert 0 < place <= 36
+    for length in range(place + 4, place + 16):
+        assert cause_of(whole[:length]) == "truncated"
+    text = b"\0\0\0Info\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"  # would tell of 4 GB
+    body = b"TIT2" + len(text).to_bytes(4, "big") + b"\0\0" + text
+    tagged = b"ID3\x03\0\0" + len(body).to_bytes(4, "big") + body + whole
+    assert np.array_equal(decode_sound(tagged, 16_000, 30.0, 60.0), decode_sound(whole, 16_000, 30.0, 60.0))
+    assert cause_of(tagged[:-100]) == "truncated"
+
+
 def test_bad_files_fail_with_their_cause():
     assert cause_of(b"") == "empty file"
     assert cause_of(b"<html>404</html>") == "not a sound"

@@ -124,6 +124,17 @@ def test_a_local_folder_is_pinned_by_its_content_not_its_path(tmp_path: Path):
     assert np.isfinite(encoder.encode(encoder.collate(["red boots", "knife"]))).all()
 
 
+def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = saved_model(tmp_path / "a")
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in sorted(weights) if "attention" in name)
+    save_file({name: value for name, value in weights.items() if name != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"encoders.text: .*the weights lack 1 of the model's tensors, .*{lost.split('.')[-2]}"):
+        TextEncoder(TextEncoderConfig(model=str(folder)), COLUMNS)
+
+
 def test_random_weights_need_only_a_config_and_say_so(tmp_path: Path, caplog):
     config = json.loads((saved_model(tmp_path / "a") / "config.json").read_text())
     (tmp_path / "b").mkdir()
