@@ -7,6 +7,7 @@ never made again; the encoder hash decides what is complete. The one module that
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from mocme_dist import errors
-from mocme_dist.cluster import connect_ray
+from mocme_dist.cluster import connect_ray, keep_pages
 from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import part_files, part_is_complete
@@ -170,6 +171,7 @@ class _Actor:
     """A workshop in a Ray Data actor; rows in and out are JSON, so Ray has no types to guess."""
 
     def __init__(self, workshop: Workshop) -> None:
+        keep_pages()
         self.workshop = workshop
         self.heart = Heartbeat(workshop.heartbeats) if workshop.heartbeats is not None else None
 
@@ -214,21 +216,26 @@ def _run(tasks: Sequence[Task], workshop: Workshop, use_ray: bool, on_rows: Call
             yield result
 
 
+def open_cluster(encoders: EncodersConfig) -> None:
+    """Join or start Ray, and import ray.data while its processes start: neither waits for the other."""
+    connect_ray(math.ceil(encoders.actors * encoders.cpus_per_actor), trains=False, meanwhile=lambda: importlib.import_module("ray.data"))
+
+
 def _run_ray(tasks: Sequence[Task], workshop: Workshop) -> Generator[Result, None, None]:
-    connect_ray(math.ceil(workshop.encoders.actors * workshop.encoders.cpus_per_actor), trains=False)
+    encoders, size = workshop.encoders, min(workshop.encoders.actors, len(tasks))
+    open_cluster(encoders)
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
-    encoders = workshop.encoders
     rows = ray.data.from_items([{"task": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
     done = rows.map(
         _Actor,  # type: ignore[arg-type]  # Ray builds one per actor
         fn_constructor_args=(workshop,),
         # two in flight: the next shard's description waits at the actor; more would unbalance the end
-        compute=ray.data.ActorPoolStrategy(size=min(encoders.actors, len(tasks)), max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
         num_cpus=encoders.cpus_per_actor,
         num_gpus=encoders.gpus_per_actor or None,
         # not for ever, as is the default: a file that kills its worker would be tried without end

