@@ -33,11 +33,9 @@ def main() -> None:
     args = parser.parse_args()
     config = config_of_run(args.run_dir, args.config, args.overrides)
     from mocme_dist.training.launch import is_follower, launch
-    from mocme_dist.training.rundir import RunDirectory
 
     report = launch(config, "evaluate", split=args.split, step=args.step)
     leave_ray()
-    RunDirectory(config.run.dir).send()
     if not is_follower(config):
         print(json.dumps(report), flush=True)
 

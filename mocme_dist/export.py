@@ -41,13 +41,17 @@ def main() -> None:
     args = parser.parse_args()
 
     from mocme_dist.data.storage import Mirror, is_url
-    from mocme_dist.errors import CheckpointError
+    from mocme_dist.errors import CheckpointError, ConfigError
     from mocme_dist.serving.layout import MANIFEST, check_target
     from mocme_dist.train import config_of_run
 
     config = config_of_run(args.run_dir, args.config, args.overrides)
     mirror = Mirror(args.bundle_dir) if is_url(args.bundle_dir) else None
     target = mirror.path if mirror else Path(args.bundle_dir).absolute()
+    if mirror is not None:
+        mirror.pull()
+        if mirror.listing() and not (target / MANIFEST).is_file():
+            raise ConfigError(f"{mirror.url}: holds files that are no export; choose another place")
     check_target(target, args.format)
     # torch takes seconds to import: not before the folders are known to be what they should
     from mocme_dist.serving.export import export_bundle
@@ -66,7 +70,11 @@ def main() -> None:
     else:
         manifest = export_foreign(rows, target, args.format)
     if mirror is not None:
+        mirror.remove(MANIFEST)  # nobody is to read old and new parts together
         mirror.push_tree(last=[MANIFEST], skip=["lock"])
+        for name in mirror.listing():
+            if not (target / name).is_file():
+                mirror.remove(name)
     shown = {key: manifest[key] for key in ("kind", "num_entities", "num_relations", "width", "trained")}
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     calibration = manifest.get("calibration")

@@ -76,7 +76,7 @@ def main() -> None:
     args = parse()
     from mocme_dist.serving.bundle import Bundle
 
-    bundle = Bundle.open(Path(args.bundle_dir))
+    bundle = Bundle.open(args.bundle_dir)
     if args.queries is not None:
         from mocme_dist.serving.batch import answer_file
 

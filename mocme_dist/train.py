@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from mocme_dist.commands import command_parser, config_of, run_command
 from mocme_dist.config import Config
 from mocme_dist.config.load import load_config, parse_config
 from mocme_dist.data.storage import is_url
-from mocme_dist.errors import ConfigError, MocmeError, Preempted, StorageError
+from mocme_dist.errors import ConfigError, MocmeError, Preempted
 
 if TYPE_CHECKING:
     from mocme_dist.training.plan import Plan
@@ -37,7 +36,11 @@ Running the same command again resumes. The last line printed is one JSON object
 def resolve_paths(config: Config) -> Config:
     """The same configuration with absolute paths, so that workers elsewhere on this machine find them."""
     values = config.model_dump(mode="json")
-    run_dir = config.run.dir.rstrip("/") if is_url(config.run.dir) else str(Path(config.run.dir).absolute())
+    if is_url(config.run.dir):
+        raise ConfigError(
+            f"run.dir: {config.run.dir} is a URL; a run needs renames and locks: give a folder, on several machines one that all see"
+        )
+    run_dir = str(Path(config.run.dir).absolute())
     values["run"]["dir"] = run_dir
     for key in ("raw", "dataset"):
         if values["data"][key] is not None:
@@ -81,7 +84,6 @@ def train(config: Config) -> dict[str, Any]:
     directory = RunDirectory(config.run.dir)
     with directory.lock():
         try:
-            directory.fetch()
             if not directory.config.exists():  # that of an earlier run stands until its checkpoint has accepted this one
                 directory.write_config(config)
             directory.status("running", pid=os.getpid())
@@ -93,11 +95,8 @@ def train(config: Config) -> dict[str, Any]:
             code = 75 if stopped else error.exit_code if isinstance(error, MocmeError) else 70
             state = "preempted" if stopped else "failed"
             directory.status(state, exit_code=code, error=f"{type(error).__name__}: {error}", **_where(directory))
-            with suppress(StorageError):  # what went wrong first is what matters
-                directory.send()
             raise
         directory.status("done", exit_code=0, **_where(directory))
-        directory.send()
     return report
 
 
@@ -105,7 +104,7 @@ def config_of_run(place: str, files: Sequence[str] = (), overrides: Sequence[str
     """The configuration of a finished or interrupted run, with changes.
 
     Args:
-        place: its directory or URL; what lies at a URL is fetched.
+        place: its directory.
 
     Raises:
         ConfigError: it is no run directory.
@@ -113,7 +112,6 @@ def config_of_run(place: str, files: Sequence[str] = (), overrides: Sequence[str
     from mocme_dist.training.rundir import RunDirectory
 
     directory = RunDirectory(place)
-    directory.fetch()
     if not directory.config.is_file():
         raise ConfigError(f"{place}: not a run directory: no config.yaml in it; give the run.dir of a training run")
     return resolve_paths(load_config([directory.config, *files], [*overrides, f"run.dir={json.dumps(place)}"]))

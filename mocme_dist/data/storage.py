@@ -140,12 +140,12 @@ class Mirror:
                     Path(aside).replace(target)
                 else:
                     self.files.put_file(str(local), target)
+            with self._locked():
+                self.files.invalidate_cache()
+                self._remember(name, self.listing(name).get(name, ""))
 
-    def push_tree(self, last: Iterable[str] = (), skip: Iterable[str] = (), sent: dict[str, tuple[int, int]] | None = None) -> None:
+    def push_tree(self, last: Iterable[str] = (), skip: Iterable[str] = ()) -> None:
         """Send every local file, those that match `last` after all others; temporary files and `skip` stay.
-
-        Args:
-            sent: size and time of files by name when they were sent before: such do not go again; brought up to date.
 
         Raises:
             StorageError: see `push`.
@@ -154,13 +154,7 @@ class Mirror:
         names = sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
         names = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out)]
         is_last = {name: any(fnmatch.fnmatchcase(name, pattern) for pattern in last) for name in names}
-        now = {name: (status.st_size, status.st_mtime_ns) for name in names for status in [(self.path / name).stat()]}
-        if sent is not None:
-            names = [name for name in names if sent.get(name) != now[name]]
-        for name in sorted(names, key=lambda name: (is_last[name], name)):
-            self.push([name])
-            if sent is not None:
-                sent[name] = now[name]
+        self.push(sorted(names, key=lambda name: (is_last[name], name)))
 
     def remove(self, name: str) -> None:
         """Delete a remote file or folder, if it is there."""

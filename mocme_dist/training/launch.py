@@ -21,7 +21,6 @@ from mocme_dist.cluster import connect_ray, count_workers, keep_pages, may_grow
 from mocme_dist.config import Config
 from mocme_dist.config.load import parse_config
 from mocme_dist.data.files import write_json
-from mocme_dist.data.storage import is_url
 from mocme_dist.errors import ConfigError
 from mocme_dist.training.pulse import Pulse
 from mocme_dist.training.rundir import RunDirectory
@@ -53,7 +52,6 @@ def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
     directory = RunDirectory(config.run.dir)
     if config.launch.mode == "ray":
         start_ray(config)  # before the signals: joining Ray puts its own handler on SIGTERM
-        _check_place(config)
     if task == "train" and config.run.resume != "auto":
         # Once and here: workers that are restarted go on from their own newest checkpoint.
         if not is_follower(config):
@@ -67,17 +65,6 @@ def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
             _tune_process(config)
             return _run_task(config, task, arguments)
         return Supervisor(config, task, stop, lambda workers, folder: _fit(config, workers, folder, task, arguments)).run()
-
-
-def _check_place(config: Config) -> None:
-    """A run at a URL is mirrored on one machine: its ranks write their parts of a checkpoint side by side."""
-    import ray
-
-    nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
-    if is_url(config.run.dir) and len(nodes) > 1:
-        raise ConfigError(
-            f"run.dir: {config.run.dir} with workers on {len(nodes)} machines: a URL serves one machine; give a folder that all of them see"
-        )
 
 
 def is_follower(config: Config) -> bool:

@@ -19,7 +19,7 @@ from mocme_dist.batching.loader import Prefetcher
 from mocme_dist.batching.sampler import key64
 from mocme_dist.config import Config, dump_config
 from mocme_dist.data.files import write_json
-from mocme_dist.errors import CheckpointError, DivergedError, Preempted, StorageError
+from mocme_dist.errors import CheckpointError, DivergedError, Preempted
 from mocme_dist.parallel.comm import communication
 from mocme_dist.training import checkpoint
 from mocme_dist.training.checkpoint import Saver
@@ -214,10 +214,6 @@ class Training:
             self.directory.status(
                 "running", step=self.step, last_step=self.last_step, last_checkpoint=checkpoint.step_name(self.saved_step), pid=os.getpid()
             )
-            try:
-                self.directory.send()
-            except StorageError as error:
-                log.warning("step %d is saved here and not there yet, the next checkpoint sends both: %s", self.step, error)
 
     def finish(self) -> dict[str, Any]:
         """Load the best checkpoint by valid MRR, rank test once, write the report; collective."""

@@ -7,7 +7,6 @@ is the truth about how a run ended, because a cluster's job runner hides exit co
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from typing import Any
 from mocme_dist import __version__
 from mocme_dist.config import Config, dump_config
 from mocme_dist.data.files import read_json, write_bytes, write_json
-from mocme_dist.data.storage import Mirror, is_url
 from mocme_dist.errors import ConfigError, StorageError
 from mocme_dist.training.lock import Lock
 
@@ -29,45 +27,14 @@ _OURS = ("config.yaml", "run_status.json", "lock", "dataset")
 class RunDirectory:
     """Paths and small files of one run; safe to make on every rank."""
 
-    def __init__(self, place: str | Path) -> None:
-        self.mirror = Mirror(str(place)) if is_url(place) else None
-        self.path = self.mirror.path if self.mirror else Path(place).absolute()
-        self._sent: dict[str, tuple[int, int]] = {}
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
         self.config = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.json"
         self.curve = self.path / "metrics.jsonl"
         self.stop_file = self.path / "stop"
-
-    def fetch(self) -> None:
-        """Bring what lies at the URL of a remote run; checkpoints that are no longer there go here too.
-
-        Raises:
-            StorageError: the storage does not answer.
-        """
-        if self.mirror is None:
-            return
-        there = self.mirror.listing("checkpoints/step_*/MANIFEST.json")
-        for folder in self.checkpoints.glob("step_*"):
-            if f"checkpoints/{folder.name}/MANIFEST.json" not in there:
-                shutil.rmtree(folder)
-        self.mirror.pull("*.yaml", "*.json", "*.jsonl", "tensorboard/*", *(f"{name.rpartition('/')[0]}/*" for name in there))
-
-    def send(self) -> None:
-        """Send what is new or has changed to the URL of a remote run, manifests last; remove the checkpoints that are gone here.
-
-        Raises:
-            StorageError: the storage does not take it.
-        """
-        if self.mirror is None:
-            return
-        last = ("checkpoints/*/MANIFEST.json", "run_status.json")
-        self.mirror.push_tree(last, ("lock*", "stop", "ray/*", "dataset/*", "checkpoints/superseded/*"), self._sent)
-        for name in self.mirror.listing("checkpoints/step_*/MANIFEST.json"):
-            if not (self.path / name).is_file():
-                self.mirror.remove(name)  # first: without it the rest is no checkpoint
-                self.mirror.remove(name.rpartition("/")[0])
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration and the version of the package."""

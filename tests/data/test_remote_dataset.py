@@ -15,7 +15,7 @@ from mocme_dist.config.schema import DataConfig, EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.packing import pack_folder
 from mocme_dist.encoders.pipeline import extract_features
-from mocme_dist.errors import ConfigError, DataError, ShardError, StorageError
+from mocme_dist.errors import ConfigError, DataError, ShardError
 from mocme_dist.train import resolve_paths, train
 
 TINY = ("launch.mode=local", "deepspeed.engine=torch", "compile=off", "experts.width=8", "experts.num_experts=2", "mine.hidden=4")
@@ -106,7 +106,8 @@ def test_a_rank_fetches_the_parts_of_its_rows_only(url, tiny_raw, tmp_path):
     assert parts == ["part-000001.safetensors", "part-000002.safetensors"]
 
 
-def test_a_run_on_it_equals_one_on_disk_and_its_bundle_answers_from_there(url, tiny_raw, tmp_path):
+def test_a_run_on_it_equals_one_on_disk_and_its_bundle_answers_from_there(url, tiny_raw, tmp_path, monkeypatch, capsys):
+    from mocme_dist import export, query
     from mocme_dist.serving.bundle import Bundle
 
     pack_folder(tiny_raw, url, DataConfig(shard_rows=16))
@@ -119,16 +120,22 @@ def test_a_run_on_it_equals_one_on_disk_and_its_bundle_answers_from_there(url, t
         paths = (f"data.dataset={json.dumps(place)}", f"run.dir={json.dumps(str(tmp_path / name / 'run'))}")
         reports.append(train(resolve_paths(load_config([], [*SHORT, *paths, "modalities=[structure, numeric]"]))))
     assert reports[0]["mrr"] == reports[1]["mrr"]
-    import sys
-
-    from mocme_dist import export
-
     bundle = f"{url}-bundle"
-    sys.argv = ["export", str(tmp_path / "there" / "run"), bundle]
+    monkeypatch.setattr("sys.argv", ["export", str(tmp_path / "there" / "run"), bundle])
     export.main()
     forget(tmp_path)
     answers = Bundle.open(bundle).predict(head="item 05", relation="near", top=3)
     assert len(answers) == 3 and answers["score"].is_monotonic_decreasing
+    forget(tmp_path)
+    monkeypatch.setattr("sys.argv", ["query", bundle, "--head", "item 05", "--relation", "near", "--json"])
+    query.main()
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["answers"]) == 10
+    files, root = fsspec.core.url_to_fs(f"{url}-foreign")
+    files.makedirs(root, exist_ok=True)
+    files.pipe_file(f"{root}/mine.txt", b"x")
+    monkeypatch.setattr("sys.argv", ["export", str(tmp_path / "there" / "run"), f"{url}-foreign"])
+    with pytest.raises(ConfigError, match="no export"):
+        export.main()
 
 
 def test_what_is_not_there_or_is_cut_is_told_with_its_url(url, tiny_raw, tmp_path):
@@ -154,56 +161,10 @@ def test_actors_fetch_shards_and_send_parts(ray_session, tiny_raw, tmp_path, mon
     assert parts(url) == parts(str(tmp_path / "here"))
 
 
-def test_a_run_directory_there_is_resumed_and_evaluated_by_another_machine(url, tiny_raw, tmp_path):
-    from mocme_dist.train import config_of_run
-    from mocme_dist.training.loop import run_evaluation
-
-    def settings(run: str, epochs: int) -> list[str]:
-        paths = [f"data.dataset={json.dumps(str(tmp_path / 'here'))}", f"run.dir={json.dumps(run)}"]
-        return [*SHORT, *paths, "modalities=[structure]", f"train.epochs={epochs}", "train.checkpoint_every=1"]
-
-    pack_folder(tiny_raw, tmp_path / "here", DataConfig(shard_rows=16))
-    whole = train(resolve_paths(load_config([], settings(str(tmp_path / "run"), 4))))
-    run = f"{url}-run"
-    train(resolve_paths(load_config([], settings(run, 2))))
-    forget(tmp_path)
-    resumed = train(resolve_paths(load_config([], settings(run, 4))))
-    assert resumed["mrr"] == whole["mrr"] and resumed["step"] == whole["step"]
-    there = contents(run)
-    folders = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
-    assert folders == {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert {"config.yaml", "metrics.json", "metrics.jsonl", "run_status.json"} <= there.keys()
-    assert any(name.startswith("tensorboard/") for name in there) and not any("lock" in name for name in there)
-    forget(tmp_path)
-    config = config_of_run(run, overrides=["launch.mode=local"])
-    assert run_evaluation(config, "test", "auto")["mrr"] == whole["mrr"]
-
-
-def test_a_store_that_fails_while_training_costs_a_warning_until_the_end(tiny_raw, tmp_path, monkeypatch, caplog):
-    from mocme_dist.data.storage import Mirror
-
-    monkeypatch.setenv("MOCME_CACHE", str(tmp_path / "cache"))
-    pack_folder(tiny_raw, tmp_path / "here", DataConfig(shard_rows=16))
-    pushes = []
-    whole = Mirror.push
-
-    def push(self, names):
-        pushes.append(names)
-        if len(pushes) == 1:
-            raise StorageError("no answer")
-        whole(self, names)
-
-    monkeypatch.setattr(Mirror, "push", push)
-    paths = [f"data.dataset={json.dumps(str(tmp_path / 'here'))}", f"run.dir={json.dumps(f'file://{tmp_path}/bucket/run')}"]
-    with caplog.at_level("WARNING"):
-        train(resolve_paths(load_config([], [*SHORT, *paths, "modalities=[structure]", "train.checkpoint_every=1", "train.epochs=2"])))
-    assert "is saved here and not there yet" in caplog.text
-    assert json.loads((tmp_path / "bucket" / "run" / "run_status.json").read_text())["state"] == "done"
-    assert len(list((tmp_path / "bucket" / "run" / "checkpoints").glob("step_*/MANIFEST.json"))) == 2
-
-
-def test_a_folder_without_a_run_is_told(url):
+def test_a_run_directory_at_a_url_is_refused(url, tmp_path):
     from mocme_dist.train import config_of_run
 
+    with pytest.raises(ConfigError, match=r"run.dir: .* is a URL; a run needs renames and locks"):
+        resolve_paths(load_config([], [f"data.dataset={json.dumps(str(tmp_path))}", f"run.dir={json.dumps(url)}"]))
     with pytest.raises(ConfigError, match="not a run directory"):
         config_of_run(url)
