@@ -1,7 +1,7 @@
 """How well entities that were never seen are placed: MRR on held-out entities, beside seen ones and a baseline.
 
-    python -m tools.experiments.inductive ../shared/data/MKG-Y OUT --config configs/mkg_y.yaml --seeds 1 2 3
-    python -m tools.experiments.inductive ../shared/data/worldfacts OUT --structure-dropout 0 0.2
+    python -m tools.experiments.inductive DATA/MKG-Y OUT --config configs/mkg_y.yaml --seeds 1 2 3
+    python -m tools.experiments.inductive DATA/worldfacts OUT --structure-dropout 0 0.2
 
 For each seed a share of the entities is held out with all their triples; entities need a modality and two triples at
 least. A model is trained on the rest and exported. Each held-out entity is then encoded by its modalities alone, as
