@@ -21,7 +21,9 @@ from mocme_dist.training.lock import Lock
 
 log = logging.getLogger(__name__)
 
-_OURS = ("config.yaml", "run_status.json", "lock", "dataset")
+_OURS = ("run_status.json", "lock")
+# The first line of a run's config.yaml begins so; another project's file of that name does not.
+_CONFIG_MARK = "# mocme_dist "
 
 
 class RunDirectory:
@@ -38,7 +40,15 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration and the version of the package."""
-        write_bytes(self.config, f"# mocme_dist {__version__}\n{dump_config(config)}".encode())
+        write_bytes(self.config, f"{_CONFIG_MARK}{__version__}\n{dump_config(config)}".encode())
+
+    def _is_ours(self) -> bool:
+        if any((self.path / name).exists() for name in _OURS):
+            return True
+        if not self.config.is_file():
+            return False
+        with self.config.open("rb") as file:
+            return file.read(len(_CONFIG_MARK)) == _CONFIG_MARK.encode()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -50,7 +60,7 @@ class RunDirectory:
             StorageError: it cannot be written.
         """
         try:
-            if self.path.is_dir() and any(self.path.iterdir()) and not any((self.path / name).exists() for name in _OURS):
+            if self.path.is_dir() and any(self.path.iterdir()) and not self._is_ours():
                 raise ConfigError(f"{self.path}: not empty and not a run directory; choose another run.dir")
             self.path.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.path)

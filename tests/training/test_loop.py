@@ -302,7 +302,7 @@ def test_a_full_disk_costs_the_curves_and_the_status_but_not_the_run(featured_da
     monkeypatch.setattr(run_log, "write_bytes", full)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "config.yaml").write_text("# mocme_dist 0\n")
     with caplog.at_level(logging.WARNING):
         report = train(tiny_config(featured_dataset, tmp_path / "run", BOTH, "train.epochs=1"))
     assert report["num_queries"] == 72
