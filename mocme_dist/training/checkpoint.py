@@ -128,6 +128,10 @@ def _describe(step: int, table: EntityTable | EngineRows) -> dict[str, Any]:
 def _commit(temporary: Path, manifest: dict[str, Any]) -> None:
     """Manifest, sync, rename: from here on the checkpoint exists."""
     directory, final = temporary.parent, temporary.parent / step_name(manifest["step"])
+    for name, entry in manifest["files"].items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise StorageError(f"{name} is not visible to rank 0: run.dir must be on storage that all nodes see")
     write_json(temporary / MANIFEST, manifest)
     sync(temporary)
     # A torn one of the same step makes way for the whole one, and is deleted only afterwards.

@@ -269,3 +269,18 @@ class Lost(Loner):
 def test_a_lost_peer_does_not_pass_for_a_full_disk(tmp_path):
     with pytest.raises(RuntimeError, match="Connection closed"):
         Saver(tmp_path, 2, Lost(0, 1, torch.device("cpu"), None)).save(1, make_table(0, 1), dense_state(), {})  # type: ignore[arg-type]
+
+
+class Apart(Loner):
+    """A rank that is told of a file on a disk that it does not see."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, {"rows-00001.safetensors": {"bytes": 9, "sha256": ""}}] if isinstance(value, dict) else [value]
+
+
+def test_a_run_directory_that_not_all_nodes_see_fails_the_first_save(tmp_path):
+    with pytest.raises(
+        StorageError, match=r"rows-00001.safetensors is not visible to rank 0: run.dir must be on storage that all nodes see"
+    ):
+        save(tmp_path, 1, comm=Apart(0, 1, torch.device("cpu"), None))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
