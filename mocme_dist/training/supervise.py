@@ -73,7 +73,8 @@ class Supervisor:
         while True:
             workers = self._wait_for_workers()
             self.attempts += 1
-            self.stop.clear()
+            if self.task == "train":  # the file stops the training of this directory, which may run beside an evaluation
+                self.stop.clear()
             folder = self.directory.path / "ray" / f"{self.name}-{self.attempts}"
             result, error = self._attempt(folder, workers)
             if "report" in result:
@@ -159,7 +160,9 @@ class Supervisor:
             log.warning("the nodes of %s are leaving: saving, to go on with the others", ", ".join(lost))
             self.stop.ask()
         elif workers < self.launch.max_workers and running_s >= self.launch.resize_s:
-            room = min(workers + count_workers(resources_of(self.config), free=True), self.launch.max_workers)
+            each = resources_of(self.config)
+            # What is free is summed over nodes: rests of several nodes may look like room for one that fits in none.
+            room = min(count_workers(each), workers + count_workers(each, free=True), self.launch.max_workers)
             if room > workers:
                 log.info("the cluster has room for %d workers, %d are running: saving, to go on with all", room, workers)
                 self.stop.ask()

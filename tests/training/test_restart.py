@@ -277,3 +277,19 @@ def test_a_node_that_leaves_is_left_in_time(supervisor, monkeypatch, tmp_path, c
     (tmp_path / "run" / "ray" / f"{box[0].name}-1").mkdir(parents=True)
     assert box[0].run() == {} and attempts.workers == [2, 1]
     assert re.search(r"the nodes of rank 0 \(pid \d+ on \S+\) are leaving: saving, to go on with the others", caplog.text)
+
+
+@pytest.mark.parametrize(("fitting", "grows"), [(2, False), (3, True)])
+def test_rests_of_several_nodes_are_no_room_to_grow(supervisor, monkeypatch, fitting, grows):
+    """What is free is summed over nodes; what fits into each is the other bound, or the run would save and start again for ever."""
+    one = supervisor(Attempts(), [2], "launch.workers=[1, 4]")
+    monkeypatch.setattr(supervise, "count_workers", lambda each, free=False: 1 if free else fitting)
+    one._look_for_changes([], 2, 1e9)
+    assert one.stop.file.exists() == grows
+
+
+def test_an_evaluation_leaves_the_stop_file_of_a_training_alone(supervisor):
+    one = supervisor(Attempts({"report": {}}), [2])
+    one.task = "evaluate"
+    one.stop.file.touch()
+    assert one.run() == {} and one.stop.file.exists()
