@@ -71,15 +71,16 @@ class Lock:
         return _owner(_read(self.path)).get("token") == self._mine["token"]
 
     def _beat(self) -> None:
+        temporary = self.path.with_name(f".tmp-lock-{self._mine['token']}")
         while not self._over.wait(BEAT_S):
-            if not self._is_mine():
-                # It stood still for so long (a suspended machine) that another host took the run over.
-                log.error("%s: taken over by another process; this one saves and stops", self.path)
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            self._mine["beats"] += 1
-            temporary = self.path.with_name(f".tmp-lock-{self._mine['token']}")
-            with contextlib.suppress(OSError):  # a full disk for a moment; the watcher waits for several beats
+            # A disk that is full, or does not answer, for a moment: the watcher waits for several beats.
+            with contextlib.suppress(OSError):
+                if not self._is_mine():
+                    # It stood still for so long (a suspended machine) that another host took the run over.
+                    log.error("%s: taken over by another process; this one saves and stops", self.path)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                self._mine["beats"] += 1
                 temporary.write_text(json.dumps(self._mine))
                 temporary.replace(self.path)
 

@@ -92,3 +92,21 @@ def test_a_lock_that_was_made_in_this_moment_is_not_taken_for_the_dead_one(tmp_p
     assert not lock._remove(tmp_path / "lock", "the dead one")
     assert [path.name for path in tmp_path.iterdir()] == ["lock"] and (tmp_path / "lock").read_text() == "the new one"
     assert lock._remove(tmp_path / "lock", "the new one") and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_does_not_answer_for_a_moment_does_not_end_the_beat(tmp_path, monkeypatch):
+    asked = threading.Event()
+
+    def stale(path: object) -> None:
+        asked.set()
+        raise OSError(116, "Stale file handle")
+
+    held, deadline = Lock(tmp_path), time.monotonic() + 10
+    with monkeypatch.context() as broken:
+        broken.setattr(lock, "_read", stale)
+        assert asked.wait(10)
+    before = json.loads((tmp_path / "lock").read_text())["beats"]
+    while json.loads((tmp_path / "lock").read_text())["beats"] <= before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert json.loads((tmp_path / "lock").read_text())["beats"] > before
+    held.release()
