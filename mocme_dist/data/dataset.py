@@ -172,6 +172,26 @@ class Dataset:
         """Name of every entity; the position is the id."""
         return self._names("entities", self.num_entities)
 
+    def entity_names_of(self, first: int, count: int) -> list[str]:
+        """Names of the entities [first, first + count); only the parts of the file that hold them are read."""
+        import pyarrow
+        import pyarrow.parquet
+
+        path, names, start = self.directory / "graph" / "entities.parquet", list[str](), 0
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    rows = file.metadata.row_group(group).num_rows
+                    low, high = max(first - start, 0), min(first + count - start, rows)
+                    if low < high:
+                        names += file.read_row_group(group, columns=["name"])["name"].slice(low, high - low).to_pylist()
+                    start += rows
+        except (OSError, KeyError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path.absolute()}: cannot be read ({error}); pack the data set again") from None
+        if len(names) != count:
+            raise DataError(f"{path.absolute()}: {start} names, expected {first + count} or more; pack the data set again")
+        return names
+
     def relation_names(self) -> list[str]:
         """Name of every relation; the position is the id."""
         return self._names("relations", self.num_relations)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from mocme_dist.config import Config
+from mocme_dist.errors import DataError, StorageError
 from mocme_dist.model.fusion import PairInformation
 from mocme_dist.training.log import Progress, RunLog, duration, log
 from mocme_dist.training.sample import entity_roles, frequent, thumbnails
@@ -218,10 +219,13 @@ class Monitor:
         vector_ND = w.vectors_of(np.arange(first, first + count))
         if not self.rank0:
             return
-        names, tiles = w.dataset.entity_names()[first : first + count], None
+        names, tiles = w.dataset.entity_names_of(first, count), None
         if "image" in w.dataset.modalities:
             limits = self.config.encoders
-            tiles = thumbnails(w.dataset, first, self.roles[:count], limits.max_member_mb * 2**20, limits.max_pixels)
+            try:
+                tiles = thumbnails(w.dataset, first, self.roles[:count], limits.max_member_mb * 2**20, limits.max_pixels)
+            except (DataError, StorageError) as error:  # the vectors are trained: pictures beside them are not worth the run
+                log.warning("the projector shows no pictures: %s", error)
         labels = [[name, role] for name, role in zip(names, self.roles[:count], strict=True)]
         self.log.projector(step, vector_ND.float().cpu().numpy(), labels, ["name", "role"], tiles)
 

@@ -1,6 +1,7 @@
 """A packed folder opens whole or not at all."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -83,3 +84,18 @@ def test_torn_graph_files_are_named(dataset_copy):
     (dataset_copy / "graph" / "entities.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"entities.parquet: cannot be read"):
         dataset.entity_names()
+
+
+def test_some_names_are_those_of_all_whatever_the_row_groups(tiny_dataset, tmp_path):
+    import pyarrow.parquet
+
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_dataset, folder)
+    dataset = Dataset.open(folder)
+    names, path = dataset.entity_names(), folder / "graph" / "entities.parquet"
+    for size in (60, 7):
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(path), path, row_group_size=size)
+        for first, count in ((0, 5), (3, 20), (14, 7), (0, 60), (59, 1)):
+            assert dataset.entity_names_of(first, count) == names[first : first + count]
+    with pytest.raises(DataError, match=r"60 names, expected 61 or more"):
+        dataset.entity_names_of(59, 2)

@@ -12,6 +12,7 @@ import tiny_run
 from PIL import Image
 
 from mocme_dist.data.dataset import Dataset
+from mocme_dist.errors import DataError
 from mocme_dist.train import train
 from mocme_dist.training.sample import NO_ROLE, OTHERS, TILE, entity_roles, frequent, thumbnails
 
@@ -98,3 +99,16 @@ def test_a_run_ends_with_a_projector_of_names_roles_and_pictures_and_an_arranged
 def test_no_entities_no_projector(featured_dataset, tmp_path):
     train(tiny_run.tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]", "train.projector=0", "train.epochs=1"))
     assert not list((tmp_path / "run").rglob("projector_config.pbtxt"))
+
+
+def test_a_damaged_shard_costs_the_pictures_and_not_the_run(featured_dataset, tmp_path, monkeypatch, caplog):
+    def damaged(*_: object) -> None:
+        raise DataError("shard 0 is cut")
+
+    monkeypatch.setattr("mocme_dist.training.monitor.thumbnails", damaged)
+    settings = ("modalities=[structure, numeric]", "train.projector=20", "train.epochs=1")
+    train(tiny_run.tiny_config(featured_dataset, tmp_path / "run", *settings))
+    assert "the projector shows no pictures: shard 0 is cut" in caplog.text
+    (written,) = (path.read_text() for path in (tmp_path / "run").rglob("projector_config.pbtxt"))
+    assert "metadata.tsv" in written and "sprite" not in written
+    assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "done"
