@@ -105,16 +105,15 @@ class RowShard(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Queries that are scored at once: rotated sources, the target's distance, and the pairs that do not compete."""
+    """Queries that are scored at once: rotated sources, the target's distance, and the queries without those that only fill up."""
 
     query_QD: Tensor
     target_Q: Tensor
-    skip_query: np.ndarray
-    skip_row: np.ndarray
+    asked: Queries
 
 
 def _excluded(queries: Queries, known: Answers, first: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (query, local row) of this shard that do not compete: known answers and the target itself, by row."""
+    """Pairs (query, local row) of these rows that do not compete: known answers and the target itself, by row."""
     offsets, targets = known.lookup(queries.source, queries.relation, queries.direction)
     query = np.concatenate([np.repeat(np.arange(len(queries.source)), np.diff(offsets)), np.arange(len(queries.source))])
     row = np.concatenate([targets, queries.target]) - first
@@ -123,29 +122,28 @@ def _excluded(queries: Queries, known: Answers, first: int, num_rows: int) -> tu
     return pairs % len(queries.source), pairs // len(queries.source)
 
 
-def _make_block(
-    queries: Queries, phase_QC: Tensor, both_2QD: Tensor, shard: Vectors, known: Answers, tile_rows: int, compiled: bool
-) -> _Block:
-    """One block, at most `tile_rows` queries; both_2QD are the vectors of its sources, then of its targets."""
+def _make_block(queries: Queries, asked: int, phase_QC: Tensor, both_2QD: Tensor, tile_rows: int, compiled: bool) -> _Block:
+    """One block, at most `tile_rows` queries, the first `asked` no filling; both_2QD: vectors of its sources, then of its targets."""
     Q = len(queries.source)
     sign_Q = torch.from_numpy(1.0 - 2.0 * queries.direction).to(both_2QD.device, torch.float32)
     query_QD = rotate(both_2QD[:Q], phase_QC, sign_Q)
     target_Q = target_distances(query_QD, both_2QD[Q:], tile_rows, compiled)
-    return _Block(query_QD, target_Q, *_excluded(queries, known, shard.first, shard.num_rows))
+    return _Block(query_QD, target_Q, queries.take(slice(asked)))
 
 
-def count_block(block: _Block, piece: RowShard, first_row: int, tile_rows: int, compiled: bool) -> Tensor:
+def count_block(block: _Block, piece: RowShard, known: Answers, tile_rows: int, compiled: bool) -> Tensor:
     """(2, Q) how many rows of `piece` score above and equal to each query's target, those that do not compete left out.
 
     Args:
         block: the queries.
-        piece: vectors; `first_row` is the place of its first one among this rank's rows.
+        piece: vectors.
+        known: answers that do not compete. Their pairs are made here and dropped: a hub's are many, and a pass has many blocks.
         tile_rows: entities that the torch forms score at once.
         compiled: whether kernels may be built, or the plain form.
     """
-    low, high = np.searchsorted(block.skip_row, [first_row, first_row + len(piece.z_rD)])
-    skip_query, skip_row = (torch.from_numpy(part[low:high]).to(piece.z_rD.device) for part in (block.skip_query, block.skip_row))
-    return count(block.query_QD, block.target_Q, piece.z_rD, skip_query, skip_row - first_row, tile_rows, compiled)
+    pairs = _excluded(block.asked, known, piece.first, len(piece.z_rD))
+    skip_query, skip_row = (torch.from_numpy(part).to(piece.z_rD.device) for part in pairs)
+    return count(block.query_QD, block.target_Q, piece.z_rD, skip_query, skip_row, tile_rows, compiled)
 
 
 def _rank_pass(
@@ -168,12 +166,13 @@ def _rank_pass(
         index = np.where(index < total, index, start)
         phase_QC = phase_of(torch.from_numpy(queries.relation[index]).to(both_ND.device))
         both_2QD = both_ND[torch.from_numpy(np.concatenate([index, total + index])).to(both_ND.device)]
-        blocks.append(_make_block(queries.take(index), phase_QC, both_2QD, shard, known, tile_rows, compiled))
+        asked = min(query_block, total - start)
+        blocks.append(_make_block(queries.take(index), asked, phase_QC, both_2QD, tile_rows, compiled))
     counts_2N = torch.zeros(2, len(blocks) * query_block, dtype=torch.int64, device=both_ND.device)
     for number, piece in enumerate(shard.pieces()):
         for turn, block in enumerate(blocks):
             at = slice(turn * query_block, (turn + 1) * query_block)
-            counts_2N[:, at] += count_block(block, piece, piece.first - shard.first, tile_rows, compiled)
+            counts_2N[:, at] += count_block(block, piece, known, tile_rows, compiled)
             show(total * number // shard.num_pieces + min(at.stop, total) // shard.num_pieces)
     above_N, equal_N = comm.sum(counts_2N)[:, :total].cpu().numpy()
     return np.asarray(1 + above_N + equal_N / 2)

@@ -150,3 +150,17 @@ def test_both_directions_and_samples_of_them():
     assert len(np.unique(sample.source[::2])) == 30
     assert len(split_queries(many, 1000).source) == len(split_queries(many, 0).source) == 1000
     assert len(split_queries(many, 1).source) == 2
+
+
+def test_pairs_are_made_a_block_at_a_time_and_none_for_filling():
+    test, known = graph()
+    queries, asked = split_queries(test), list[int]()
+
+    class Counted:
+        def lookup(self, source: np.ndarray, relation: np.ndarray, direction: np.ndarray) -> Any:
+            asked.append(len(source))
+            return known.lookup(source, relation, direction)
+
+    found = rank_alone(queries, Counted(), *vectors(), query_block=32, tile_rows=40)  # type: ignore[arg-type]
+    assert asked == [32, 32, 16]
+    assert np.array_equal(found, brute_force(queries, known, *vectors()))
