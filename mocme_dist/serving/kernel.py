@@ -39,12 +39,25 @@ class Nearest(NamedTuple):
     id_Qk: NDArray[np.int64]
 
 
+class _Skip(NamedTuple):
+    """Ids that do not come: those of query q are ids[offsets[q]:offsets[q + 1]], ascending."""
+
+    ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+
 def num_threads() -> int:
     """CPUs that this process may use."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def nearest(parts: Sequence[NDArray[Any]], query_QD: NDArray[np.float32], k: int, compiled: bool = True) -> Nearest:
+def nearest(
+    parts: Sequence[NDArray[Any]],
+    query_QD: NDArray[np.float32],
+    k: int,
+    compiled: bool = True,
+    left_out: Sequence[NDArray[np.int64]] | None = None,
+) -> Nearest:
     """The k rows of all parts that are nearest to each query.
 
     Args:
@@ -52,6 +65,7 @@ def nearest(parts: Sequence[NDArray[Any]], query_QD: NDArray[np.float32], k: int
         query_QD: (Q, D) float32, rotated sources.
         k: how many.
         compiled: the C kernel where it can be had, or the plain form.
+        left_out: ascending ids for each query that are not to be found.
 
     Returns:
         min(k, rows) columns. A NaN distance is never among them.
@@ -59,8 +73,9 @@ def nearest(parts: Sequence[NDArray[Any]], query_QD: NDArray[np.float32], k: int
     k = min(k, sum(len(part) for part in parts))
     library = _library() if compiled else None
     pieces = _pieces(parts)
+    skip = _flat(left_out if left_out is not None else [np.zeros(0, np.int64)] * len(query_QD))
     with ThreadPoolExecutor(max_workers=num_threads()) as pool:
-        found = list(pool.map(lambda hand: _scan(library, hand, query_QD, k), _hands(pieces)))
+        found = list(pool.map(lambda hand: _scan(library, hand, query_QD, k, skip), _hands(pieces)))
     distance = np.concatenate([heap for heap, _ in found] or [np.zeros((len(query_QD), 0), np.float32)], axis=1)
     ids = np.concatenate([ids for _, ids in found] or [np.zeros((len(query_QD), 0), np.int64)], axis=1)
     order = np.lexsort((ids, distance), axis=1)[:, :k]
@@ -75,6 +90,12 @@ def distances(rows_nD: NDArray[Any], query_QD: NDArray[np.float32], compiled: bo
     out = np.empty((len(query_QD), len(rows_nD)), np.float32)
     library.distances(rows_nD, query_QD, out)
     return out
+
+
+def _flat(left_out: Sequence[NDArray[np.int64]]) -> _Skip:
+    """All ids in one array, and where those of each query begin."""
+    offsets = np.cumsum([0, *map(len, left_out)], dtype=np.int64)
+    return _Skip(np.concatenate([np.zeros(0, np.int64), *left_out]).astype(np.int64), offsets)
 
 
 def _pieces(parts: Sequence[NDArray[Any]]) -> list[tuple[NDArray[Any], int]]:
@@ -93,16 +114,16 @@ def _hands(pieces: list[tuple[NDArray[Any], int]]) -> list[list[tuple[NDArray[An
 
 
 def _scan(
-    library: _Library | None, pieces: list[tuple[NDArray[Any], int]], query_QD: NDArray[np.float32], k: int
+    library: _Library | None, pieces: list[tuple[NDArray[Any], int]], query_QD: NDArray[np.float32], k: int, skip: _Skip
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """One thread's k nearest, unordered; one list runs through all its chunks, so its bound is tight from the second on."""
     Q = len(query_QD)
     heap, ids = np.full((Q, k), np.inf, np.float32), np.full((Q, k), -1, np.int64)
     for rows, first in pieces:
         if library is not None and library.knows(rows):
-            library.nearest(rows, query_QD, first, heap, ids)
+            library.nearest(rows, query_QD, first, heap, ids, skip)
         else:
-            _plain_nearest(rows, query_QD, first, heap, ids)
+            _plain_nearest(rows, query_QD, first, heap, ids, skip)
     return heap, ids
 
 
@@ -121,13 +142,16 @@ def _plain_distances(rows_nD: NDArray[Any], query_QD: NDArray[np.float32]) -> ND
 
 
 def _plain_nearest(
-    rows_nD: NDArray[Any], query_QD: NDArray[np.float32], first: int, heap: NDArray[np.float32], ids: NDArray[np.int64]
+    rows_nD: NDArray[Any], query_QD: NDArray[np.float32], first: int, heap: NDArray[np.float32], ids: NDArray[np.int64], skip: _Skip
 ) -> None:
     """What scan.c does, on whole chunks: the same k in any order."""
     distance = _plain_distances(rows_nD, query_QD)
     distance[np.isnan(distance)] = np.inf
     k = heap.shape[1]
     for q in range(len(query_QD)):
+        own = skip.ids[skip.offsets[q] : skip.offsets[q + 1]]
+        low, high = np.searchsorted(own, [first, first + len(rows_nD)])
+        distance[q, own[low:high] - first] = np.inf
         both = np.concatenate([heap[q], distance[q]])
         who = np.concatenate([ids[q], np.where(np.isinf(distance[q]), -1, np.arange(first, first + len(rows_nD)))])
         kept = np.lexsort((who, both))[:k] if k else np.zeros(0, np.int64)
@@ -149,7 +173,13 @@ class _Library:
         return rows.flags.c_contiguous and (rows.dtype == np.float32 or (rows.dtype == np.float16 and self.half))
 
     def nearest(
-        self, rows_nD: NDArray[Any], query_QD: NDArray[np.float32], first: int, heap: NDArray[np.float32], ids: NDArray[np.int64]
+        self,
+        rows_nD: NDArray[Any],
+        query_QD: NDArray[np.float32],
+        first: int,
+        heap: NDArray[np.float32],
+        ids: NDArray[np.int64],
+        skip: _Skip,
     ) -> None:
         """Bring a thread's lists up to date with some rows."""
         function = getattr(self._library, f"nearest_{'f32' if rows_nD.dtype == np.float32 else 'f16'}")
@@ -157,7 +187,8 @@ class _Library:
         sizes = [ctypes.c_int64(size) for size in (len(rows_nD), rows_nD.shape[1] // 2)]
         more = [ctypes.c_int64(size) for size in (len(query_QD), heap.shape[1], first)]
         if heap.shape[1]:
-            function(_address(rows_nD), *sizes, _address(query_QD), *more, _address(heap), _address(ids))
+            lists = [_address(array) for array in (heap, ids, skip.ids, skip.offsets)]
+            function(_address(rows_nD), *sizes, _address(query_QD), *more, *lists)
 
     def distances(self, rows_nD: NDArray[Any], query_QD: NDArray[np.float32], out: NDArray[np.float32]) -> None:
         """Fill `out` (Q, n)."""

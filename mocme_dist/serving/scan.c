@@ -2,8 +2,9 @@
  *
  * A row is C real parts, then C imaginary parts, float32 or float16. The distance is the sum over C of
  * sqrt(dr * dr + di * di). Each of Q queries keeps a max-heap of k (distance, id); a row enters when it is nearer than
- * the heap's worst, so an equal distance never displaces a lower id, and NaN never enters. Built by
- * serving/kernel.py; its plain twin is there too. */
+ * the heap's worst, so an equal distance never displaces a lower id, and NaN never enters. Nor does a row that the query
+ * leaves out: query q's are skip[offset[q]] ... skip[offset[q + 1] - 1], ascending. Built by serving/kernel.py; its plain
+ * twin is there too. */
 
 #include <stdint.h>
 
@@ -58,13 +59,28 @@ static inline float distance_f16(const half *restrict row, const float *restrict
 }
 #endif
 
+static int is_left_out(const int64_t *skip, int64_t low, int64_t high, int64_t id) {
+    int64_t end = high;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (skip[middle] < id) low = middle + 1;
+        else high = middle;
+    }
+    return low < end && skip[low] == id;
+}
+
+/* Of equal distances the higher id is the worse one. */
+static inline int is_worse(float distance, int64_t id, float other, int64_t than) {
+    return distance > other || (distance == other && id > than);
+}
+
 static void sift(float *heap, int64_t *ids, int64_t k, float distance, int64_t id) {
     int64_t at = 0;
     for (;;) {
         int64_t child = 2 * at + 1;
         if (child >= k) break;
-        if (child + 1 < k && heap[child + 1] > heap[child]) child++;
-        if (heap[child] <= distance) break;
+        if (child + 1 < k && is_worse(heap[child + 1], ids[child + 1], heap[child], ids[child])) child++;
+        if (!is_worse(heap[child], ids[child], distance, id)) break;
         heap[at] = heap[child];
         ids[at] = ids[child];
         at = child;
@@ -75,13 +91,14 @@ static void sift(float *heap, int64_t *ids, int64_t k, float distance, int64_t i
 
 #define NEAREST(NAME, TYPE, DISTANCE)                                                                                 \
     void NAME(const TYPE *rows, int64_t n, int64_t C, const float *query, int64_t Q, int64_t k, int64_t first,        \
-              float *heap, int64_t *ids) {                                                                            \
+              float *heap, int64_t *ids, const int64_t *skip, const int64_t *offset) {                                \
         for (int64_t start = 0; start < n; start += BLOCK) {                                                          \
             int64_t stop = start + BLOCK < n ? start + BLOCK : n;                                                     \
             for (int64_t q = 0; q < Q; q++) {                                                                         \
                 for (int64_t row = start; row < stop; row++) {                                                        \
                     float distance = DISTANCE(rows + row * 2 * C, query + q * 2 * C, C);                              \
-                    if (distance < heap[q * k]) sift(heap + q * k, ids + q * k, k, distance, first + row);            \
+                    if (distance < heap[q * k] && !is_left_out(skip, offset[q], offset[q + 1], first + row))          \
+                        sift(heap + q * k, ids + q * k, k, distance, first + row);                                    \
                 }                                                                                                     \
             }                                                                                                         \
         }                                                                                                             \

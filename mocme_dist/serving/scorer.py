@@ -72,22 +72,18 @@ def best_answers(bundle: Bundle, asked: Asked, left_out: list[Integers], top: in
     """The `top` best answers of each question.
 
     Args:
-        left_out: ids of each question that do not compete.
+        left_out: ids of each question that do not compete, ascending.
         top: k; fewer columns where the bundle has fewer entities.
     """
     Q, k = len(asked.source), min(top, bundle.num_entities)
     found = Best(np.full((Q, k), -np.inf, np.float32), np.full((Q, k), -1, np.int64))
     query_QD = rotated(bundle, asked)
-    # Questions that leave out alike many go together: the list of a block is as long as its longest needs.
-    order = np.argsort([len(part) for part in left_out], kind="stable")
     for start in range(0, Q, _BLOCK):
-        block = order[start : start + _BLOCK]
-        longest = k + max(len(left_out[q]) for q in block)
-        near = nearest(bundle.vectors, query_QD[block], longest)
-        for at, q in enumerate(block):
-            keep = np.flatnonzero(~np.isin(near.id_Qk[at], left_out[q]) & (near.id_Qk[at] >= 0))[:k]
-            found.id_Qk[q, : len(keep)] = near.id_Qk[at, keep]
-            found.score_Qk[q, : len(keep)] = bundle.gamma - near.distance_Qk[at, keep]
+        block = slice(start, start + _BLOCK)
+        # Left out in the scan itself: a list long enough to leave them out afterwards would be as long as a hub has answers.
+        near = nearest(bundle.vectors, query_QD[block], k, left_out=left_out[block])
+        found.id_Qk[block] = near.id_Qk
+        found.score_Qk[block] = bundle.gamma - near.distance_Qk
     return found
 
 

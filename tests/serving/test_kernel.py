@@ -68,3 +68,26 @@ def test_a_cache_that_others_may_write_is_not_used(monkeypatch, tmp_path):
     assert kernel._cache_folder() == tmp_path / ".cache" / "mocme_dist"
     (tmp_path / ".cache" / "mocme_dist").chmod(0o777)
     assert kernel._cache_folder() != tmp_path / ".cache" / "mocme_dist"
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_what_a_query_leaves_out_never_comes_and_the_others_stand_as_in_a_full_list(dtype, compiled):
+    gen = np.random.default_rng(3)
+    rows, query = gen.normal(size=(300, 6)).astype(dtype), gen.normal(size=(4, 6)).astype(np.float32)
+    everything = kernel.nearest([rows], query, 300, compiled)
+    # Nobody, the best ones, some in between, all but three.
+    picks = [[], everything.id_Qk[1, :40], gen.permutation(300)[:150], everything.id_Qk[3, 3:]]
+    left_out = [np.sort(np.asarray(pick, np.int64)) for pick in picks]
+    found = kernel.nearest(np.split(rows, [7, 100]), query, 5, compiled, left_out)
+    for q, out in enumerate(left_out):
+        stay = np.flatnonzero(~np.isin(everything.id_Qk[q], out))[:5]
+        assert found.id_Qk[q].tolist() == [*everything.id_Qk[q, stay], *[-1] * (5 - len(stay))]
+        assert found.distance_Qk[q].tolist() == [*everything.distance_Qk[q, stay], *[np.inf] * (5 - len(stay))]
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_of_equal_rows_the_last_ones_make_way_for_a_nearer_one(compiled):
+    rows = np.ones((30, 4), np.float32)
+    rows[[11, 20]] = 0
+    assert kernel.nearest([rows], np.zeros((1, 4), np.float32), 6, compiled).id_Qk.tolist() == [[11, 20, 0, 1, 2, 3]]
