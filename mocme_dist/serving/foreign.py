@@ -178,6 +178,6 @@ def _write_text(path: Path, count: int, width: int, names: Iterator[list[str]], 
                 key = json.dumps(word).encode()
                 if key in seen:
                     raise ConfigError(f"--format word2vec: two names become {word!r} without their spaces; use npz or parquet")
-                if word != name:
+                if "_" in word or word != name:  # others can meet no other name's word
                     seen.add(key)
                 file.write(f"{word} {' '.join(map('{:.9g}'.format, vector.tolist()))}\n")

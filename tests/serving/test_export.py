@@ -17,7 +17,7 @@ from mocme_dist.data.dataset import Dataset
 from mocme_dist.errors import ConfigError, DataError, DivergedError, LockedError
 from mocme_dist.evaluation.metrics import rank_metrics
 from mocme_dist.parallel.comm import communication
-from mocme_dist.serving import export, layout
+from mocme_dist.serving import export, foreign, layout
 from mocme_dist.serving.bundle import Bundle
 from mocme_dist.serving.export import export_bundle, to_directions
 from mocme_dist.serving.foreign import export_foreign
@@ -219,3 +219,10 @@ def test_layout_names_every_file_of_a_bundle(bundle_dir):
     named = layout.__doc__ or ""
     for name in (path.name for path in bundle_dir.iterdir()):
         assert name.split("-")[0].split("_all_")[0].split(".")[0] in named
+
+
+@pytest.mark.parametrize("names", [["a_b", "c", "a b"], ["a b", "c", "a_b"], ["a  b", "c", "a b"]])
+def test_word2vec_refuses_names_that_become_one_in_either_order(tmp_path, names):
+    with pytest.raises(ConfigError, match="two names become 'a_b'"):
+        foreign._write_text(tmp_path / "entities.txt", 3, 2, iter([names]), iter([np.zeros((3, 2), np.float32)]))
+    assert list(tmp_path.iterdir()) == []
