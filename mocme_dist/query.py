@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def main() -> None:
     if args.queries is not None:
         from mocme_dist.serving.batch import answer_file
 
-        print(json.dumps(answer_file(bundle, Path(args.queries), Path(args.output), args.top, args.filter)))
+        _say(json.dumps(answer_file(bundle, Path(args.queries), Path(args.output), args.top, args.filter)))
         return
     from mocme_dist.serving.predict import predict
 
@@ -88,9 +89,18 @@ def main() -> None:
     answers = predict(bundle, [question], args.top, args.filter)
     explanation = _explain(bundle, question, answers, weights) if args.explain else None
     if args.json:
-        print(json.dumps(_as_json(question, answers, explanation), ensure_ascii=False))
+        _say(json.dumps(_as_json(question, answers, explanation), ensure_ascii=False))
     else:
-        print("\n".join([*_table(question, answers), *(_explained(explanation) if explanation else [])]))
+        _say("\n".join([*_table(question, answers), *(_explained(explanation) if explanation else [])]))
+
+
+def _say(text: str) -> None:
+    """Print; a reader that goes away, as `| head` does, is no mistake."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere, or the interpreter would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _question(bundle: Bundle, args: argparse.Namespace) -> tuple[Question, dict[str, float] | None]:
@@ -187,7 +197,7 @@ def _explained(explanation: dict[str, Any]) -> list[str]:
 if __name__ == "__main__":
     from mocme_dist.commands import run_command
 
-    # a reader that goes away, as `| head` does, is no mistake
+    # a terminal that cannot show a name shows ? in its place
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     run_command(main)

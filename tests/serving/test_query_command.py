@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -136,3 +137,12 @@ def test_the_commands_tell_enough_to_work_from():
         assert done.returncode == 0 and done.stderr == ""
         assert all(word in done.stdout for word in (*words, "exit codes: 0 done, 2 configuration"))
     assert Path(query.__file__).name == "query.py"
+
+
+def test_a_reader_that_goes_away_is_no_mistake(bundle_dir):
+    read, write = os.pipe()
+    os.close(read)
+    arguments = [sys.executable, "-m", "mocme_dist.query", str(bundle_dir), "--head", "item 05", "--relation", "near"]
+    done = subprocess.run(arguments, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""
