@@ -54,12 +54,21 @@ def library(source: Path, instructions: str | None = None) -> ctypes.CDLL | None
     flags = (*_FLAGS, *_INSTRUCTIONS.get(instructions or instruction_set(), ()), f"-I{include}")
     text = b"".join(path.read_bytes() for path in (source, *sorted(include.glob("*.h"))))
     key = hashlib.sha256(repr((program, flags)).encode() + text).hexdigest()[:16]
-    built = _cache_directory() / f"{source.stem}-{key}.so"
+    try:
+        return _load(source, [program, *flags, str(source)], f"{source.stem}-{key}.so")
+    except OSError as error:  # no folder to write in, or one whose libraries may not be run (noexec)
+        log.warning("%s: cannot be built or loaded, the torch path runs in its place: %s", source.name, error)
+        return None
+
+
+def _load(source: Path, command: list[str], name: str) -> ctypes.CDLL | None:
+    """The library `name` of the cache, built by `command` where it is not there; None where that fails."""
+    built = _cache_directory() / name
     if not built.exists():
         # Built aside and renamed: ranks may build at once, and none must load half a file.
         handle, temporary = tempfile.mkstemp(suffix=".so", dir=built.parent)
         os.close(handle)
-        done = subprocess.run([program, *flags, str(source), "-o", temporary], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, "-o", temporary], capture_output=True, text=True, check=False)
         if done.returncode:
             Path(temporary).unlink()
             log.warning("%s: not built, the torch path runs in its place: %s", source.name, done.stderr.strip()[-500:])

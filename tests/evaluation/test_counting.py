@@ -124,3 +124,21 @@ def _tile_targets(query_QD: Tensor, target_QD: Tensor, compiled: bool) -> Tensor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counting, "native_kernels", lambda: None)
         return target_distances(query_QD, target_QD, 21, compiled)
+
+
+def test_where_a_library_cannot_be_written_or_loaded_the_torch_form_runs(tmp_path, caplog, monkeypatch):
+    if native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    for name, folder in (("absent", tmp_path / "absent"), ("noexec", tmp_path)):
+        source = tmp_path / f"{name}.cpp"
+        source.write_text('extern "C" int one() { return 1; }\n')
+        monkeypatch.setattr(native, "_cache_directory", lambda folder=folder: folder)
+        if name == "noexec":
+            monkeypatch.setattr(native.ctypes, "CDLL", _refuse)
+        with caplog.at_level(logging.WARNING):
+            assert native.library(source) is None
+        assert f"{name}.cpp: cannot be built or loaded" in caplog.text
+
+
+def _refuse(path: str) -> None:
+    raise OSError(f"{path}: failed to map segment from shared object: Operation not permitted")
