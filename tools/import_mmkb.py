@@ -129,15 +129,20 @@ def _write_pictures(writer: RawWriter, index: Path, vectors: Path, entities: set
     except ImportError:
         raise ConfigError(f"{vectors.absolute()}: reading it needs h5py; pip install h5py, or move the file away to go without") from None
     names, found = [], []
-    with h5py.File(vectors, "r") as file:
-        for number, line in lines(index):
-            fields = line.split()
-            if len(fields) != 2:
-                raise DataError(f"{index.absolute()}:{number}: expected an entity and its picture, got {line[:80]!r}")
-            entity, picture = _bare(fields[0]), fields[1]
-            if entity in entities and picture in file:
-                names.append(entity)
-                found.append(np.asarray(file[picture], dtype=np.float32).ravel())
+    try:
+        with h5py.File(vectors, "r") as file:
+            for number, line in lines(index):
+                fields = line.split()
+                if len(fields) != 2:
+                    raise DataError(f"{index.absolute()}:{number}: expected an entity and its picture, got {line[:80]!r}")
+                entity, picture = _bare(fields[0]), fields[1]
+                if entity in entities and picture in file:
+                    names.append(entity)
+                    found.append(np.asarray(file[picture], dtype=np.float32).ravel())
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:  # as h5py says it
+        raise DataError(f"{vectors.absolute()}: cannot be read as HDF5 vectors: {error}") from None
+    if len({len(vector) for vector in found}) > 1:
+        raise DataError(f"{vectors.absolute()}: vectors of several lengths; expected one")
     if not found:
         raise DataError(f"{index.absolute()}: names no picture that {vectors.name} has for an entity of the graph")
     path = writer.work / "image.npy"

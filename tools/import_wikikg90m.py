@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocme_dist.errors import DataError
-from tools.importing import RawWriter, one_line, require, run_importer
+from tools.importing import RawWriter, one_line, open_text, require, run_importer
 
 _WHAT = "WikiKG90Mv2 has train_hrt.npy, val_hr.npy and val_t.npy"
 _BLOCK = 1 << 16
@@ -65,6 +65,8 @@ def _array(path: Path, columns: int) -> NDArray[np.int64]:
         raise DataError(f"{path.absolute()}: not an array of numbers: {error}") from None
     if not np.issubdtype(found.dtype, np.integer) or (found.ndim, found.shape[-1]) not in ((2, columns), (1, len(found) * (columns == 1))):
         raise DataError(f"{path.absolute()}: {found.dtype} of shape {found.shape}, expected integers of shape (n, {columns})")
+    if found.size and found.min() < 0:
+        raise DataError(f"{path.absolute()}: holds the number {found.min()}; expected numbers from 0")
     return found.reshape(-1, columns)
 
 
@@ -76,13 +78,16 @@ class _Names:
         self.names: list[str] | None = None
         if mapping is not None:
             path = require(mapping, f"{kind}.csv", what="the mapping has entity.csv and relation.csv")
-            self.names = self._read(path, kind)
+            try:
+                self.names = self._read(path, kind)
+            except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+                raise DataError(f"{path.absolute()}: cannot be read as CSV: {error}") from None
             if len(self.names) < count:
                 raise DataError(f"{path.absolute()}: {len(self.names):,} names, the arrays use {count:,}")
 
     def _read(self, path: Path, kind: str) -> list[str]:
         names: list[str] = []
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_text(path, newline="") as file:
             table = csv.DictReader(file)
             if not {"idx", kind} <= set(table.fieldnames or ()):
                 raise DataError(f"{path.absolute()}: columns {table.fieldnames}, expected idx, {kind} and maybe title, desc")

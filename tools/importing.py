@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mocme_dist.commands import run_command
-from mocme_dist.errors import ConfigError, DataError
+from mocme_dist.errors import ConfigError, DataError, StorageError
 
 MARK = "IMPORT.json"
 SPLITS = ("train", "valid", "test")
@@ -47,15 +47,20 @@ def optional(source: Path, *names: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def open_text(path: Path, newline: str) -> TextIO:
+    """A text file to read, gzip or not, a byte order mark dropped."""
+    opener: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open  # type: ignore[assignment]
+    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line without its end) of every line that is not blank, gzip or not, a byte order mark dropped.
 
     Raises:
         DataError: the file is not UTF-8 or not a whole gzip stream.
     """
-    opener: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open  # type: ignore[assignment]
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        with open_text(path, newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line := line.rstrip("\r\n"):
                     yield number, line
@@ -113,34 +118,49 @@ class RawWriter:
     """Writes a raw folder; as a context manager it becomes `out` when the block ends well.
 
     Args:
-        out: absent, empty, or what an importer wrote before (then replaced).
+        out: absent, empty, or what an importer wrote before (then replaced); of a link what it leads to.
 
     Raises:
-        ConfigError: `out` holds something else.
+        ConfigError: `out` holds something else, or something more.
+        StorageError: it cannot be written.
     """
 
     def __init__(self, out: Path, source: Path, form: str) -> None:
-        self.out, self.source, self.form = out.absolute(), source.absolute(), form
-        if out.exists() and not out.is_dir():
+        self.out, self.source, self.form = out.resolve(), source.absolute(), form
+        if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"{self.out}: is a file; give a folder to write")
-        if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
-            raise ConfigError(f"{self.out}: not empty and not written by an importer; give a new folder")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            if not (self.out / MARK).is_file():
+                raise ConfigError(f"{self.out}: not empty and not written by an importer; give a new folder")
+            if added := sorted(_files(self.out) - _listed(self.out / MARK)):
+                raise ConfigError(
+                    f"{self.out}: holds {added[0]} and perhaps more that no import wrote; give a new folder or move them away"
+                )
         self.work = self.out.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{self.out.name}")
         self.counts: dict[str, int] = {}
 
     def __enter__(self) -> RawWriter:
-        self.work.mkdir(parents=True)
+        try:
+            self.work.mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(f"{self.out}: cannot be written: {error}") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             shutil.rmtree(self.work, ignore_errors=True)
+            if isinstance(error, OSError):  # sources that cannot be read are a DataError already
+                raise StorageError(f"{self.out}: cannot be written: {error}") from error
             return
-        record = {"form": self.form, "source": str(self.source), "counts": self.counts}
-        (self.work / MARK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        self.work.rename(self.out)
+        record = {"form": self.form, "source": str(self.source), "counts": self.counts, "files": sorted(_files(self.work))}
+        try:
+            (self.work / MARK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
+            if self.out.exists():
+                shutil.rmtree(self.out)
+            self.work.rename(self.out)
+        except OSError as failure:
+            shutil.rmtree(self.work, ignore_errors=True)
+            raise StorageError(f"{self.out}: cannot be written: {failure}") from failure
 
     def table(self, name: str, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> int:
         """Write tab-separated rows as they come; how many there were.
@@ -183,6 +203,20 @@ class RawWriter:
         except OSError:
             shutil.copyfile(path, target)
         self.table(f"features/{modality}.ids", ([name] for name in names))
+
+
+def _files(folder: Path) -> set[str]:
+    """Every file in a folder, by its path in it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _listed(mark: Path) -> set[str]:
+    """The files that an import wrote, by its mark; a mark without such a list has at least those that it counted."""
+    try:
+        record = json.loads(mark.read_text(encoding="utf8"))
+        return {MARK, *record.get("files", record["counts"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {MARK}
 
 
 def one_line(value: str) -> str:

@@ -12,13 +12,14 @@ import torch
 
 from mocme_dist.config.schema import DataConfig
 from mocme_dist.data.packing import pack_folder
-from mocme_dist.errors import ConfigError, DataError
+from mocme_dist.errors import ConfigError, DataError, StorageError
 from tools.import_libkge import import_libkge
 from tools.import_mmkb import import_mmkb, split_triples
 from tools.import_mmkg import import_mmkg
 from tools.import_pykeen import import_pykeen
 from tools.import_wikidata5m import import_wikidata5m
 from tools.import_wikikg90m import import_wikikg90m
+from tools.importing import RawWriter
 
 NAMES = [f"Q{number}" for number in range(12)]
 RELATIONS = ["near", "part of"]
@@ -210,6 +211,7 @@ def drop(name):
         (wikikg, import_wikikg90m, drop("val_t.npy"), "no val_t.npy .*WikiKG90Mv2 has"),
         (wikikg, import_wikikg90m, lambda f: np.save(f / "val_t.npy", np.zeros(3)), "val_t.npy: float64 of shape"),
         (wikikg, import_wikikg90m, lambda f: np.save(f / "val_t.npy", np.zeros(3, int)), "has 4 rows, val_t.npy 3"),
+        (wikikg, import_wikikg90m, lambda f: np.save(f / "val_t.npy", np.array([0, -1, 2, 3])), "val_t.npy: holds the number -1"),
         (mmkb, import_mmkb, lambda f: write(f / "DB15K_NumericalTriples.txt", "a b many"), "Triples.txt:1: expected a number, got 'many'"),
     ],
 )
@@ -248,3 +250,53 @@ def test_the_command_prints_counts_and_leaves_with_3_for_a_bad_source(tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["test.txt"] == len(TEST)
     failed = run(tmp_path / "nowhere")
     assert failed.returncode == 3 and "folder not found" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_what_a_user_added_to_an_imported_folder_is_not_deleted(tmp_path):
+    source = openke(tmp_path / "source")
+    import_mmkg(source, tmp_path / "raw")
+    write(tmp_path / "raw" / "images" / "Q1.png", "precious")
+    with pytest.raises(ConfigError, match=r"holds images/Q1.png and perhaps more that no import wrote"):
+        import_mmkg(source, tmp_path / "raw")
+    assert (tmp_path / "raw" / "images" / "Q1.png").is_file() and (tmp_path / "raw" / "train.txt").is_file()
+
+
+def test_a_link_as_out_stays_one_and_its_folder_is_written(tmp_path):
+    source = openke(tmp_path / "source")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "raw").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        import_mmkg(source, tmp_path / "raw")
+    assert (tmp_path / "raw").is_symlink() and (tmp_path / "real" / "train.txt").is_file()
+
+
+def test_an_out_that_cannot_be_written_is_a_storage_error_and_leaves_nothing(tmp_path):
+    source = openke(tmp_path / "source")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        import_mmkg(source, tmp_path / "file" / "raw")
+    with pytest.raises(StorageError, match="No space left"), RawWriter(tmp_path / "raw", source, "mmkg"):
+        raise OSError(28, "No space left on device")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
+
+
+def test_a_mapping_may_be_compressed_and_a_torn_one_is_named(tmp_path):
+    source = wikikg(tmp_path / "arrays")
+    (tmp_path / "map").mkdir()
+    for kind, names in (("entity", NAMES), ("relation", RELATIONS)):
+        text = "".join(f"{line}\n" for line in (f"idx,{kind},title,desc", *(f"{n},{name},," for n, name in enumerate(names))))
+        (tmp_path / "map" / f"{kind}.csv.gz").write_bytes(gzip.compress(text.encode()))
+    import_wikikg90m(source, tmp_path / "raw", tmp_path / "map")
+    check_graph(tmp_path / "raw")
+    whole = (tmp_path / "map" / "entity.csv.gz").read_bytes()
+    (tmp_path / "map" / "entity.csv.gz").write_bytes(whole[:-12])
+    with pytest.raises(DataError, match=r"entity.csv.gz: cannot be read as CSV"):
+        import_wikikg90m(source, tmp_path / "raw", tmp_path / "map")
+
+
+def test_vectors_that_are_no_hdf5_are_named(tmp_path):
+    source = mmkb(tmp_path / "DB15K")
+    write(source / "DB15K_ImageIndex.txt", "<http://x/Q3>\tDBP001")
+    write(source / "DB15K_ImageData.h5", "no HDF5")
+    with pytest.raises(DataError, match=r"ImageData.h5: cannot be read as HDF5 vectors"):
+        import_mmkb(source, tmp_path / "raw")
