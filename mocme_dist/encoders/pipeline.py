@@ -37,7 +37,7 @@ from mocme_dist.errors import ConfigError, DataError, MocmeError, ShardError
 log = logging.getLogger(__name__)
 
 READ_HERE_BYTES = 1 << 30  # shards up to this much are read for their statistics sooner than actors have started
-TASK_RETRIES, ACTOR_RESTARTS = 3, 20  # of a shard whose actor died, of an actor
+ACTOR_RESTARTS = 4  # of one actor
 Task = dict[str, Any]  # {"kind": a modality or "statistics", "shard": n}
 Result = dict[str, Any]
 
@@ -239,7 +239,7 @@ def _run_ray(tasks: Sequence[Task], workshop: Workshop) -> Generator[Result, Non
         num_cpus=encoders.cpus_per_actor,
         num_gpus=encoders.gpus_per_actor or None,
         # not for ever, as is the default: a file that kills its worker would be tried without end
-        max_task_retries=TASK_RETRIES,
+        # only restarts are bounded: of bounded retries Ray writes to standard output, where the report is the last line
         max_restarts=ACTOR_RESTARTS,
     )
     try:
@@ -249,7 +249,7 @@ def _run_ray(tasks: Sequence[Task], workshop: Workshop) -> Generator[Result, Non
         begun = begun_most(workshop.heartbeats) if workshop.heartbeats is not None else ""
         where = f"most likely over {begun}" if begun else "over the same shard"
         raise DataError(
-            f"a worker died {1 + TASK_RETRIES} times, {where}: a file in it kills the decoder, "
+            f"a worker died {1 + ACTOR_RESTARTS} times, {where}: a file in it kills the decoder, "
             f"or memory is too short (fewer encoders.actors, a smaller batch_size): {str(error).splitlines()[0]}"
         ) from error
 

@@ -234,5 +234,5 @@ def test_a_file_that_kills_its_worker_ends_the_job_with_the_shard(packed, encode
 
     workshop = Kills(packed.place, encoders, COLUMNS, None, {})
     workshop.heartbeats = tmp_path
-    with pytest.raises(DataError, match="a worker died 4 times, most likely over shard 1 of text: a file in it kills the decoder"):
+    with pytest.raises(DataError, match="a worker died 5 times, most likely over shard 1 of text: a file in it kills the decoder"):
         list(pipeline._run_ray([{"kind": "text", "shard": shard} for shard in range(3)], workshop))
