@@ -6,12 +6,10 @@ to wait for: a lost file only makes the bar late. Whole shards are counted by th
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,6 @@ from mocme_dist.data.progress import Progress
 from mocme_dist.errors import StorageError
 
 PREFIX = ".progress-"
-_AT = ".at"  # ends the name of a file that holds a task
 _STALE_S = 3600.0  # what a killed run left; a live one writes every few seconds
 _EVERY_S = 1.0
 
@@ -45,34 +42,11 @@ class Heartbeat:
         except OSError:
             self._written = now + 60  # the folder is gone or full: features matter, a bar does not
 
-    @contextmanager
-    def at(self, task: str) -> Iterator[None]:
-        """A file says what is being done; only that of an actor that died stays."""
-        path = self._path.with_name(f"{uuid.uuid4().hex}{_AT}")
-        with contextlib.suppress(OSError):
-            path.write_text(task)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def begun_most(folder: Path) -> str:
-    """The task that was begun most often and not ended; empty when none is known."""
-    begun: Counter[str] = Counter()
-    for path in sorted(folder.glob(f"*{_AT}")):
-        with contextlib.suppress(OSError):  # ended just now
-            begun[path.read_text()] += 1
-    return begun.most_common(1)[0][0] if begun else ""
-
 
 def rows_done(folder: Path) -> int:
     """The sum over all actors' files; one that is just being written counts as nothing this time."""
     total = 0
     for path in folder.iterdir():
-        if path.suffix == _AT:
-            continue
         text = path.read_text(encoding="ascii", errors="replace")
         total += int(text) if text.isdigit() else 0
     return total

@@ -28,7 +28,7 @@ from mocme_dist.data.files import read_json, write_json
 from mocme_dist.data.progress import Progress
 from mocme_dist.encoders.build import ENCODED, build_encoder, encoder_settings, with_absolute_paths
 from mocme_dist.encoders.encoder import Encoder, encoder_hash
-from mocme_dist.encoders.heartbeat import Heartbeat, begun_most, watch
+from mocme_dist.encoders.heartbeat import Heartbeat, watch
 from mocme_dist.encoders.numeric import RULE, NumericStatistics, collect_numbers, fit_numbers
 from mocme_dist.encoders.report import finish_modality, finish_report, timings
 from mocme_dist.encoders.shard import NOTHING, extract_shard, leave_out
@@ -37,7 +37,6 @@ from mocme_dist.errors import ConfigError, DataError, MocmeError, ShardError
 log = logging.getLogger(__name__)
 
 READ_HERE_BYTES = 1 << 30  # shards up to this much are read for their statistics sooner than actors have started
-ACTOR_RESTARTS = 4  # of one actor
 Task = dict[str, Any]  # {"kind": a modality or "statistics", "shard": n}
 Result = dict[str, Any]
 
@@ -173,14 +172,10 @@ class _Actor:
     def __init__(self, workshop: Workshop) -> None:
         keep_pages()
         self.workshop = workshop
-        self.heart = Heartbeat(workshop.heartbeats) if workshop.heartbeats is not None else None
+        self.on_rows = Heartbeat(workshop.heartbeats).beat if workshop.heartbeats is not None else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        task = json.loads(row["task"])
-        if self.heart is None:
-            return {"result": json.dumps(self.workshop.do(task))}
-        with self.heart.at(f"shard {task['shard']} of {task['kind']}"):
-            return {"result": json.dumps(self.workshop.do(task, self.heart.beat))}
+        return {"result": json.dumps(self.workshop.do(json.loads(row["task"]), self.on_rows))}
 
 
 def _ordered(dataset: Dataset, modalities: Sequence[str]) -> list[str]:
@@ -238,20 +233,9 @@ def _run_ray(tasks: Sequence[Task], workshop: Workshop) -> Generator[Result, Non
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
         num_cpus=encoders.cpus_per_actor,
         num_gpus=encoders.gpus_per_actor or None,
-        # not for ever, as is the default: a file that kills its worker would be tried without end
-        # only restarts are bounded: of bounded retries Ray writes to standard output, where the report is the last line
-        max_restarts=ACTOR_RESTARTS,
     )
-    try:
-        for row in done.iter_rows():
-            yield json.loads(row["result"])
-    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        begun = begun_most(workshop.heartbeats) if workshop.heartbeats is not None else ""
-        where = f"most likely over {begun}" if begun else "over the same shard"
-        raise DataError(
-            f"a worker died {1 + ACTOR_RESTARTS} times, {where}: a file in it kills the decoder, "
-            f"or memory is too short (fewer encoders.actors, a smaller batch_size): {str(error).splitlines()[0]}"
-        ) from error
+    for row in done.iter_rows():
+        yield json.loads(row["result"])
 
 
 def _run_all(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,18 +219,3 @@ def test_memory_that_does_not_suffice_names_the_setting(packed, encoders, monkey
     monkeypatch.setattr("mocme_dist.encoders.text.TextEncoder.encode", fails)
     with pytest.raises(pipeline.ConfigError, match=r"CUDA out of memory.; lower encoders.text.batch_size"):
         extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_file_that_kills_its_worker_ends_the_job_with_the_shard(packed, encoders, ray_session, tmp_path):
-    class Kills(pipeline.Workshop):
-        def do(self, task, on_rows=None):
-            if task["shard"] == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return dict(task)
-
-    workshop = Kills(packed.place, encoders, COLUMNS, None, {})
-    workshop.heartbeats = tmp_path
-    with pytest.raises(DataError, match="a worker died 5 times, most likely over shard 1 of text: a file in it kills the decoder"):
-        list(pipeline._run_ray([{"kind": "text", "shard": shard} for shard in range(3)], workshop))

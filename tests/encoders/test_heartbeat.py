@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mocme_dist.data.progress import Progress
-from mocme_dist.encoders.heartbeat import Heartbeat, begun_most, rows_done, watch
+from mocme_dist.encoders.heartbeat import Heartbeat, rows_done, watch
 from mocme_dist.errors import StorageError
 
 
@@ -48,17 +48,6 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path):
         watch(tmp_path / "file" / "features", progress),
     ):
         pass
-
-
-def test_the_task_that_killed_most_actors_is_named(tmp_path: Path):
-    assert begun_most(tmp_path) == ""
-    died = [Heartbeat(tmp_path).at(task) for task in ("shard 3 of text", "shard 1 of text", "shard 3 of text")]
-    for at in died:  # never left
-        at.__enter__()
-    for _ in range(5):
-        with Heartbeat(tmp_path).at("shard 2 of text"):
-            assert rows_done(tmp_path) == 0
-    assert begun_most(tmp_path) == "shard 3 of text" and len(list(tmp_path.iterdir())) == 3
 
 
 def test_only_old_leavings_are_swept(tmp_path: Path):
