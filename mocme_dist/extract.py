@@ -35,6 +35,7 @@ def main() -> None:
     import json
     import sys
 
+    from mocme_dist.cluster import leave_ray
     from mocme_dist.data.dataset import Dataset
 
     dataset = Dataset.open(args.dataset_dir, check_shards=config.encoders.on_bad_shard == "error")
@@ -46,6 +47,7 @@ def main() -> None:
     modalities = args.modalities or [name for name in ENCODED if name in dataset.modalities]
     use_ray = not args.local and config.launch.mode == "ray"
     report = extract_features(dataset, config.encoders, config.data.text_columns, modalities, use_ray, config.data.max_missing)
+    leave_ray()  # what it has still to say comes before the report, which is the last line
     print(report_table(report), file=sys.stderr)
     print(json.dumps(report, ensure_ascii=False))
 
