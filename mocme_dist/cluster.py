@@ -199,9 +199,9 @@ def node_memory(cpus_per_rank: float, gpus_per_rank: float, local_ranks: int | N
     nodes = []
     for node in ray.nodes():
         have = node["Resources"]
-        fitting = [have.get(key, 0) / each for key, each in (("CPU", cpus_per_rank), ("GPU", gpus_per_rank)) if each]
-        if node["Alive"] and min(fitting) >= 1:
-            nodes.append((str(node["NodeManagerHostname"]), int(min(fitting)), int(have.get("memory", 0))))
+        fitting = _fitting(have, {"CPU": cpus_per_rank, "GPU": gpus_per_rank})
+        if node["Alive"] and fitting:
+            nodes.append((str(node["NodeManagerHostname"]), fitting, int(have.get("memory", 0))))
     return nodes
 
 

@@ -35,6 +35,13 @@ def command_parser(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def checkpoint_step(text: str) -> str:
+    """The argument of --step: "auto" or a number of steps."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a step number, got {text!r}")
+    return text
+
+
 def config_of(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
     """The configuration that --config, --set and then `extra` overrides make."""
     return load_config(args.config, [*args.overrides, *extra])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentTypeError
 
 from mocme_dist.cluster import leave_ray
-from mocme_dist.commands import command_parser, run_command
+from mocme_dist.commands import checkpoint_step, command_parser, run_command
 from mocme_dist.train import config_of_run
 
 DESCRIPTION = """\
@@ -18,18 +17,12 @@ object, also written to RUN_DIR/metrics.json.
   python -m mocme_dist.evaluate runs/demo --split valid --set launch.mode=local"""
 
 
-def _step(text: str) -> str:
-    if text != "auto" and not text.isdecimal():
-        raise ArgumentTypeError(f"expected a step number, got {text!r}")
-    return text
-
-
 def main() -> None:
     """Parse, evaluate, print the report."""
     parser = command_parser("evaluate", DESCRIPTION)
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
-    parser.add_argument("--step", type=_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
+    parser.add_argument("--step", type=checkpoint_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
     args = parser.parse_args()
     config = config_of_run(args.run_dir, args.config, args.overrides)
     from mocme_dist.training.launch import is_follower, launch

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentTypeError
 from pathlib import Path
 
-from mocme_dist.commands import command_parser, run_command
+from mocme_dist.commands import checkpoint_step, command_parser, run_command
 
 DESCRIPTION = """\
 Write the best checkpoint of a run (by valid MRR) as a bundle: fused vectors, relations, names, known facts, what it
@@ -20,12 +19,6 @@ formats for other tools: npz (entities, phases, gamma, names: enough to recomput
 The last line printed is one JSON object."""
 
 
-def _step(text: str) -> str:
-    if text != "auto" and not text.isdecimal():
-        raise ArgumentTypeError(f"expected a step number, got {text!r}")
-    return text
-
-
 def main() -> None:
     """Parse, export, print what was written."""
     parser = command_parser("export", DESCRIPTION)
@@ -37,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), default="float32", help="of a bundle's vectors; float16 halves size and time"
     )
-    parser.add_argument("--step", type=_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
+    parser.add_argument("--step", type=checkpoint_step, default="auto", metavar="STEP", help="a checkpoint's step instead of the best one")
     args = parser.parse_args()
 
     from mocme_dist.data.storage import Mirror, is_url
