@@ -22,7 +22,9 @@ class TextEncoderConfig(Section):
     random_weights: bool = Field(False, description="Build the model with random weights (tests); said loudly.")
     pooling: Literal["mean", "cls"] = Field("mean", description="How token vectors become one.")
     max_tokens: int = Field(128, ge=2, description="Longer texts are cut.")
-    batch_size: int = Field(32, ge=1, description="Texts per forward pass.")
+    batch_size: int = Field(
+        32, ge=1, description="Texts of max_tokens per forward pass; of shorter ones as many more as have their tokens."
+    )
     precision: Precision = _PRECISION
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mocme_dist.data.progress import Progress
+from mocme_dist.encoders.attempts import SUFFIX
 from mocme_dist.errors import StorageError
 
 PREFIX = ".progress-"
@@ -47,6 +48,8 @@ def rows_done(folder: Path) -> int:
     """The sum over all actors' files; one that is just being written counts as nothing this time."""
     total = 0
     for path in folder.iterdir():
+        if path.suffix == SUFFIX:
+            continue
         text = path.read_text(encoding="ascii", errors="replace")
         total += int(text) if text.isdigit() else 0
     return total

@@ -26,6 +26,7 @@ from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import part_files, part_is_complete
 from mocme_dist.data.files import read_json, write_json
 from mocme_dist.data.progress import Progress
+from mocme_dist.encoders.attempts import Attempt
 from mocme_dist.encoders.build import ENCODED, build_encoder, encoder_settings, with_absolute_paths
 from mocme_dist.encoders.encoder import Encoder, encoder_hash
 from mocme_dist.encoders.heartbeat import Heartbeat, watch
@@ -109,7 +110,7 @@ class Workshop:
         self.dataset: Dataset | None = None
         self.encoder: Encoder | None = None
 
-    def do(self, task: Task, on_rows: Callable[[int], None] | None = None) -> Result:
+    def do(self, task: Task, on_rows: Callable[[int], None] | None = None, attempt: Attempt | None = None) -> Result:
         """Run one task; a `MocmeError` comes back as {"error": kind, "message": text}."""
         # the sums of a product depend on how many threads share it
         threads = torch.get_num_threads()
@@ -118,7 +119,7 @@ class Workshop:
             self.dataset = self.dataset or Dataset.open(self.place, check_shards=False)
             if task["kind"] == "statistics":
                 return {**task, **self._statistics(self.dataset, task["shard"])}
-            result = self._extract(self.dataset, task["kind"], task["shard"], on_rows)
+            result = self._extract(self.dataset, task["kind"], task["shard"], on_rows, attempt)
             self.dataset.publish(*part_files(task["kind"], task["shard"]))
             return {**task, **result}
         except MocmeError as error:
@@ -138,13 +139,17 @@ class Workshop:
                 raise
             return {"numbers": {}, "bad_shard": str(error)}
 
-    def _extract(self, dataset: Dataset, modality: str, shard: int, on_rows: Callable[[int], None] | None) -> Result:
+    def _extract(
+        self, dataset: Dataset, modality: str, shard: int, on_rows: Callable[[int], None] | None, attempt: Attempt | None
+    ) -> Result:
         pinned = self.hashes[modality]
         if part_is_complete(dataset.directory / "features" / modality, shard, dataset.entries[shard].sha256, pinned):
             return {**NOTHING, "already": True}  # by another run, or by this task before its actor was lost
+        if attempt is not None:
+            attempt.check()
         encoder = self._encoder_of(dataset, modality)
         try:
-            return extract_shard(encoder, dataset, shard, self.encoders, pinned, on_rows)
+            return extract_shard(encoder, dataset, shard, self.encoders, pinned, on_rows, attempt)
         except ShardError as error:
             if self.encoders.on_bad_shard == "error":
                 raise
@@ -175,7 +180,11 @@ class _Actor:
         self.on_rows = Heartbeat(workshop.heartbeats).beat if workshop.heartbeats is not None else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(self.workshop.do(json.loads(row["task"]), self.on_rows))}
+        task = json.loads(row["task"])
+        if self.workshop.heartbeats is None:
+            return {"result": json.dumps(self.workshop.do(task, self.on_rows))}
+        with Attempt(self.workshop.heartbeats, task["kind"], task["shard"]) as attempt:
+            return {"result": json.dumps(self.workshop.do(task, self.on_rows, attempt))}
 
 
 def _ordered(dataset: Dataset, modalities: Sequence[str]) -> list[str]:

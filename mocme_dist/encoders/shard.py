@@ -23,6 +23,7 @@ from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import part_path, write_part
 from mocme_dist.data.shards import Member
+from mocme_dist.encoders.attempts import Attempt
 from mocme_dist.encoders.encoder import Decoded, Encoder, Failure, decode_safely, printable
 from mocme_dist.errors import DataError
 
@@ -65,7 +66,13 @@ class _Tally:
 
 
 def extract_shard(
-    encoder: Encoder, dataset: Dataset, shard: int, config: EncodersConfig, pinned: str, on_rows: Callable[[int], None] | None = None
+    encoder: Encoder,
+    dataset: Dataset,
+    shard: int,
+    config: EncodersConfig,
+    pinned: str,
+    on_rows: Callable[[int], None] | None = None,
+    attempt: Attempt | None = None,
 ) -> dict[str, Any]:
     """Encode a shard and write its part.
 
@@ -76,6 +83,7 @@ def extract_shard(
         config: type on disk, limits, strictness.
         pinned: the encoder hash that the part carries.
         on_rows: called with the number of rows done since its last call.
+        attempt: what earlier tries died of; decides how files are decoded and which ones are not.
 
     Returns:
         samples (entities with files of the modality) and seconds of each phase, for the report.
@@ -89,7 +97,9 @@ def extract_shard(
     first, last = dataset.shards.bounds(shard)
     tally, overflown = _Tally(), _Tally()
     members = dataset.read_members(shard, config.max_member_mb * 2**20, encoder.modality)
-    chunks = run_ahead(_chunks(members, encoder, first, tally, config))
+    chunks = _chunks(members, encoder, first, tally, config, attempt)
+    if attempt is None or not attempt.careful:
+        chunks = run_ahead(chunks)
     present = np.zeros(last - first, dtype=np.uint8)
     # pages that are never written are never there
     values, count = np.empty((last - first, encoder.width), dtype=config.dtype), 0
@@ -136,12 +146,14 @@ def leave_out(encoder: Encoder, dataset: Dataset, shard: int, config: EncodersCo
     return dict(NOTHING)
 
 
-def _chunks(members: Iterator[Member], encoder: Encoder, first: int, tally: _Tally, config: EncodersConfig) -> Iterator[_Chunk]:
+def _chunks(
+    members: Iterator[Member], encoder: Encoder, first: int, tally: _Tally, config: EncodersConfig, attempt: Attempt | None
+) -> Iterator[_Chunk]:
     """Decode members into chunks of exactly `encoder.chunk` pieces; the last one may be shorter."""
     rows: list[int] = []
     pieces: list[Any] = []
     last = -1
-    for member, decoded in _decode(members, encoder, tally, max(1, int(config.cpus_per_actor))):
+    for member, decoded in _decode(members, encoder, tally, max(1, int(config.cpus_per_actor)), attempt):
         tally.samples += member.id != last
         last = member.id
         for failure in decoded.failures:
@@ -158,16 +170,26 @@ def _chunks(members: Iterator[Member], encoder: Encoder, first: int, tally: _Tal
         yield _Chunk(rows, encoder.collate(pieces))
 
 
-def _decode(members: Iterator[Member], encoder: Encoder, tally: _Tally, threads: int) -> Iterator[tuple[Member, Decoded]]:
+def _decode(
+    members: Iterator[Member], encoder: Encoder, tally: _Tally, threads: int, attempt: Attempt | None
+) -> Iterator[tuple[Member, Decoded]]:
     """Members with their pieces, in order; decoded by several threads where there are, a few members ahead."""
+    careful = attempt if attempt is not None and attempt.careful else None
 
     def decode(member: Member) -> tuple[Member, Decoded, float]:
         before = time.monotonic()
+        name = f"{member.id}/{member.name}"
         if member.content is None:
             message = f"{member.name}: {member.size:,} bytes, the limit is encoders.max_member_mb"
             decoded = Decoded(failures=[Failure("too large", message)])
+        elif careful is not None and name in careful.deadly:
+            decoded = Decoded(failures=[Failure("kills its worker", f"{member.name}: two workers died while they decoded it")])
         else:
+            if careful is not None:
+                careful.at(name)
             decoded = decode_safely(encoder, {member.name: member.content})
+            if careful is not None:
+                careful.at("")
         return dataclasses.replace(member, content=None), decoded, time.monotonic() - before
 
     def read() -> Iterator[Member]:
@@ -179,7 +201,7 @@ def _decode(members: Iterator[Member], encoder: Encoder, tally: _Tally, threads:
                 return
             yield member
 
-    for member, decoded, seconds in _ahead(decode, read(), threads):
+    for member, decoded, seconds in _ahead(decode, read(), threads if careful is None else 1):
         tally.decode_s += seconds
         yield member, decoded
 

@@ -39,10 +39,19 @@ def test_sorted_batches_equal_a_loop_over_single_texts(pooling):
 
 def test_batches_hold_equal_lengths_but_for_their_first_quarter():
     lengths = [9, 9, 9, 9, 9, 9, 9, 5, 5, 4, 3, 3, 3, 3, 3, 2, 1]
-    ranges = cut_batches(lengths, 4)
-    assert ranges == [(0, 4), (4, 7), (7, 9), (9, 10), (10, 14), (14, 15), (15, 16), (16, 17)]
-    assert cut_batches(lengths, 8) == [(0, 7), (7, 9), (9, 11), (11, 15), (15, 17)]
-    assert cut_batches([], 8) == [] and cut_batches([3, 2], 1) == [(0, 1), (1, 2)]
+    ranges = cut_batches(lengths, 4, 9)  # 36 tokens: four texts of nine, seven of five, twelve of three
+    assert ranges == [(0, 4), (4, 7), (7, 9), (9, 11), (11, 15), (15, 17)]
+    assert cut_batches([], 8, 9) == [] and cut_batches([3, 2], 1, 3) == [(0, 1), (1, 2)]
+    assert cut_batches([0, 0], 1, 1) == [(0, 1), (1, 2)]  # a tokenizer without special tokens, and texts it has no tokens for
+
+
+def test_short_texts_fill_a_batch_with_the_tokens_of_long_ones():
+    gen = np.random.default_rng(0)
+    lengths = sorted(gen.integers(1, 49, 5000).tolist(), reverse=True)
+    ranges = cut_batches(lengths, 32, 48)
+    assert [stop for _, stop in ranges[:-1]] == [start for start, _ in ranges[1:]] and ranges[0][0] == 0 and ranges[-1][1] == 5000
+    assert max(lengths[start] * (stop - start) for start, stop in ranges) <= 32 * 48
+    assert sum(lengths[start] * (stop - start) for start, stop in ranges) < 1.02 * sum(lengths)
 
 
 @pytest.mark.parametrize("precision, bound", [("bfloat16", 2e-2), ("float16", 3e-3)])

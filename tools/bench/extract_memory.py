@@ -67,7 +67,7 @@ def watch(work: Path, quick: bool) -> None:
     from mocme_dist.cluster import connect_ray
     from mocme_dist.encoders.pipeline import extract_features
 
-    dataset = make_shards(work, 160 if quick else 1280, 4 if quick else 10)
+    dataset = make_shards(work, 160 if quick else 1300, 4 if quick else 10)
     total = sum(entry.bytes for entry in dataset.entries) / 2**20
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         alone = pool.apply(encoder_mb)
