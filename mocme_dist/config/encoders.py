@@ -66,6 +66,7 @@ class AudioEncoderConfig(Section):
     seconds: float = Field(30.0, gt=0, description="Only the first so many seconds of a sound are heard.")
     max_seconds: float = Field(3600.0, gt=0, description="Sounds that last longer are refused unheard, counted as 'too long'.")
     batch_size: int = Field(8, ge=1, description="Sounds collated together; those of equal length share a forward pass.")
+    precision: Precision = Field("float32", description="Arithmetic of a network, as for pictures; log_mel is float32 whatever it says.")
 
 
 class VideoEncoderConfig(Section):

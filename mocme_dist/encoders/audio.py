@@ -119,10 +119,11 @@ def audio_settings(config: AudioEncoderConfig) -> dict[str, Any]:
             "model": f"transformers:{folder.name}",
             "network": "transformers",
             "weights": weights_hash(folder, config.random_weights),
+            "precision": config.precision,
             **heard,
         }
     made = _from_function(config.model)
-    return {"model": config.model, "network": config.model, "weights": str(made.weights_sha256), **heard}
+    return {"model": config.model, "network": config.model, "weights": str(made.weights_sha256), "precision": config.precision, **heard}
 
 
 def build_ear(config: AudioEncoderConfig) -> Ear:
@@ -177,7 +178,10 @@ class AudioEncoder:
         self.config, self.device = config, torch.device(device)
         self.settings = audio_settings(config)
         ear = build_ear(config)
-        self.network, self.width, self.rate, self.prepare = ear.network.to(self.device), ear.width, ear.sample_rate, ear.prepare
+        # log_mel keeps float32: the squares of its spectrum leave the range of half precision
+        self.dtype: torch.dtype = torch.float32 if config.model == "log_mel" else getattr(torch, config.precision)
+        self.network = ear.network.to(self.device, self.dtype)
+        self.width, self.rate, self.prepare = ear.width, ear.sample_rate, ear.prepare
         self.chunk = config.batch_size
 
     def decode(self, members: Mapping[str, bytes]) -> Decoded:
@@ -205,9 +209,18 @@ class AudioEncoder:
             alike.setdefault(tuple((key, *value.shape) for key, value in inputs.items()), []).append(place)
         values = np.zeros((len(batch), self.width), dtype=np.float32)
         for places in alike.values():
-            stacked = {key: torch.stack([batch[place][key] for place in places]).to(self.device) for key in batch[places[0]]}
+            stacked = {key: self._stack([batch[place][key] for place in places]) for key in batch[places[0]]}
             features = self.network(**stacked).float()
             if features.shape != (len(places), self.width):
                 raise DataError(f"{_SETTING}: {self.config.model} gave shape {tuple(features.shape)}, expected {(len(places), self.width)}")
             values[places] = features.cpu().numpy()
         return values
+
+    def _stack(self, values: list[Tensor]) -> Tensor:
+        """On the device; floating-point inputs in the network's precision."""
+        stacked = torch.stack(values)
+        if stacked.is_floating_point():
+            stacked = stacked.to(self.dtype)
+        if self.device.type == "cuda":
+            stacked = stacked.pin_memory()
+        return stacked.to(self.device, non_blocking=True)

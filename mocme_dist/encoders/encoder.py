@@ -74,7 +74,11 @@ class Encoder(Protocol):
 
 
 def encoder_hash(modality: str, settings: Mapping[str, Any], config: EncodersConfig) -> str:
-    """SHA-256 that pins a feature part: modality, settings that change the values (all but "model"), type on disk, limit."""
+    """SHA-256 that pins a feature part: modality, settings that change the values (all but "model"), type on disk, limit.
+
+    What changes them by rounding alone is not pinned: threads, batch size, device, versions of libraries. A data set
+    that is begun on one kind of machine can be finished on another.
+    """
     settings = {k: v for k, v in settings.items() if k != "model"}
     pinned = {"modality": modality, "dtype": config.dtype, "max_member_mb": config.max_member_mb, "settings": settings}
     return hashlib.sha256(json.dumps(pinned, sort_keys=True).encode("utf8")).hexdigest()

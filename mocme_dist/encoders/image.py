@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mocme_dist.config.schema import ImageEncoderConfig
 from mocme_dist.data.files import sha256_file
 from mocme_dist.encoders.encoder import Decoded, decode_files, network_from_function
-from mocme_dist.encoders.pictures import decode_picture, guard_pillow
+from mocme_dist.encoders.pictures import PIXELS, decode_picture, guard_pillow
 from mocme_dist.encoders.text import load_transformer, may_download, resolve_model, weights_hash
 from mocme_dist.encoders.torchvision_shim import prepare_torchvision
 from mocme_dist.errors import ConfigError, DataError
@@ -56,7 +56,7 @@ def image_settings(config: ImageEncoderConfig, max_pixels: int) -> dict[str, Any
     else:
         identity = {"network": config.model, "weights": _from_function(config.model)[1]}
     model = f"transformers:{Path(name).name}" if kind == "transformers" else config.model
-    return {"model": model, "size": config.size, "precision": config.precision, "max_pixels": max_pixels, **identity}
+    return {"model": model, "size": config.size, "precision": config.precision, "max_pixels": max_pixels, "pixels": PIXELS, **identity}
 
 
 def _split(model: str) -> tuple[str, str]:

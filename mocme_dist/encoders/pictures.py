@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from mocme_dist.encoders.encoder import BadFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+PIXELS = 2  # raise it when the same file gives other pixels: features made before are then made again
 ANIMATED = ("WEBP", "GIF", "PNG")
 MAX_ANIMATED_PIXELS = 10_000_000_000  # over all frames: minutes of decoding, where a GIF of a few kB could ask for days
 
@@ -76,7 +77,25 @@ def shrink(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
 
 
 def _shrunk(image: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(_to_rgb(image).resize((size, size), Image.Resampling.BILINEAR), dtype=np.uint8)
+    """(size, size, 3) uint8; resized before its colours are converted, as a conversion copies the whole picture."""
+
+    def resized(picture: Image.Image) -> np.ndarray:
+        return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+
+    if image.mode.startswith(("I", "F")):
+        # pillow would clip 16-bit greys to white; keep their upper byte
+        grey = np.clip(np.rint(resized(image.convert("I")) / 257.0), 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        # on white, from colours multiplied by their opacity: c + (1 - a)
+        if image.mode not in ("La", "RGBa"):
+            image = image.convert("La" if image.mode == "LA" else "RGBA").convert("La" if image.mode == "LA" else "RGBa")
+        pixels = resized(image).astype(np.int16)
+        above, opacity = pixels[..., :-1], pixels[..., -1:]
+        return np.broadcast_to(np.clip(above + 255 - opacity, 0, 255), (size, size, 3)).astype(np.uint8)
+    if image.mode == "L":
+        return np.repeat(resized(image)[..., None], 3, axis=2)
+    return resized(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 @contextmanager
@@ -107,17 +126,6 @@ def _opened(content: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterat
 def _is_cut(content: bytes) -> bool:
     """Whether a WebP file is shorter than it says: its decoder would only call it damaged."""
     return content[:4] == b"RIFF" and content[8:12] == b"WEBP" and int.from_bytes(content[4:8], "little") + 8 > len(content)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        # pillow would clip 16-bit greys to white; keep their upper byte
-        grey = np.asarray(image, dtype=np.float64) / 257.0
-        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        above = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", above.size, (255, 255, 255, 255)), above).convert("RGB")
-    return image.convert("RGB")
 
 
 def guard_pillow(max_pixels: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,3 +117,33 @@ def test_encoder_counts_bad_files_and_keeps_good_ones_in_order():
         ("empty file", "image.2.png"),
     ]
     assert [piece.tolist() for piece in decoded.pieces] == [decode_picture(picture(seed), 32, LIMIT).tolist() for seed in (0, 10)]
+
+
+def test_half_clear_pixels_mix_with_white_before_and_after_resizing():
+    gen = np.random.default_rng(1)
+    pixels = gen.integers(0, 256, (64, 48, 4), dtype=np.uint8)
+    mixed = pixels[..., :3] * (pixels[..., 3:] / 255.0) + 255.0 - pixels[..., 3:]
+    expected = decode_picture(saved(Image.fromarray(np.rint(mixed).astype(np.uint8))), 16, LIMIT).astype(int)
+    assert np.abs(decode_picture(saved(Image.fromarray(pixels)), 16, LIMIT) - expected).max() <= 1
+    grey = np.stack([pixels[..., 0], pixels[..., 3]], axis=-1)
+    mixed = grey[..., 0] * (grey[..., 1] / 255.0) + 255.0 - grey[..., 1]
+    expected = decode_picture(saved(Image.fromarray(np.rint(mixed).astype(np.uint8))), 16, LIMIT).astype(int)
+    assert np.abs(decode_picture(saved(Image.fromarray(grey, "LA")), 16, LIMIT) - expected).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, bytes_per_pixel", [("RGB", 4), ("RGBA", 8), ("LA", 8), ("L", 1), ("I;16", 6), ("P", 4)])
+def test_a_picture_at_the_limit_takes_no_more_than_two_copies_of_it(mode, bytes_per_pixel):
+    # pillow keeps four bytes for a pixel of most modes
+    side = 7000
+    code = (
+        "import io, resource, sys; from PIL import Image; from mocme_dist.encoders.pictures import decode_picture, guard_pillow\n"
+        f"guard_pillow(50_000_000); content = sys.stdin.buffer.read(); small = Image.new('{mode}', (8, 8)); held = io.BytesIO()\n"
+        "small.save(held, 'PNG'); decode_picture(held.getvalue(), 224, 50_000_000)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "decode_picture(content, 224, 50_000_000)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"
+    )
+    content = saved(Image.new(mode, (side, side)), compress_level=1)
+    done = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True, check=True)
+    assert int(done.stdout) < side * side * bytes_per_pixel + (48 << 20)
