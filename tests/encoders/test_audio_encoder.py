@@ -126,6 +126,17 @@ def test_a_transformers_model_hears_through_its_own_extractor(wav2vec):
         assert np.allclose(row, expected, atol=1e-5)
 
 
+def test_half_precision_is_near_pinned_and_comes_back_as_float32(wav2vec):
+    settings = {"model": f"transformers:{wav2vec}"}
+    exact, half = AudioEncoder(config(**settings)), AudioEncoder(config(**settings, precision="float16"))
+    contents = [sound("wav", 440.0, 16_000, 0.4), sound("wav", 880.0, 16_000, 0.6)]
+    expected, found = features(exact, *contents), features(half, *contents)
+    assert found.dtype == np.float32 and half.settings != exact.settings
+    error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert 0 < error.max() < 3e-3
+    assert np.array_equal(features(AudioEncoder(config(precision="float16")), *contents), features(AudioEncoder(config()), *contents))
+
+
 def test_clap_hears_the_beginning_and_draws_nothing(wav2vec, tmp_path):
     from transformers import ClapFeatureExtractor
 
