@@ -23,13 +23,15 @@ OBJECT_STORE_BYTES = 200_000_000
 # Settings of Ray Train that its workers read from their own environment; Ray itself passes on only some of its names.
 PASSED_ON = ("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
 
+QUIET = "mocme_dist.cluster.quiet_worker"
+
 
 def quiet_worker() -> None:
-    """Runs first in every process of a local cluster: silences a watcher that needs the dashboard we do not start.
+    """Runs first in every process of a job: silences a watcher that needs a dashboard which not every cluster has.
 
     Ray Train's clean-up actor asks the dashboard about its controller once a second, warns each time that it is not
-    there, and breaks off with a traceback where another Ray on the machine answers instead. A local cluster ends with
-    its driver, so there is nothing to clean up after it.
+    there (a local cluster starts none; on others it may listen on loopback of another node), and breaks off with a
+    traceback where another Ray on the machine answers instead. What it would clean up ends with the driver all the same.
     """
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
     shown = threading.excepthook
@@ -65,7 +67,7 @@ def connect_ray(min_cpus: int, log_to_driver: bool = True, trains: bool = True, 
     Args:
         min_cpus: CPUs that the work to come asks for.
         log_to_driver: show what workers write to their standard output and error.
-        trains: workers of a local cluster quieten Ray Train first; without, every process starts a second sooner.
+        trains: workers quieten Ray Train first; without, every process starts a second sooner.
         meanwhile: called in a thread of its own while Ray's processes start, and waited for.
 
     Raises:
@@ -95,6 +97,9 @@ def _join(address: str | None, min_cpus: int, log_to_driver: bool, trains: bool)
 
     if not address:
         cpus = max(os.cpu_count() or 1, min_cpus)
+        # Ray warns that the token is on, as it should be.
+        warner = logging.getLogger("ray._private.authentication.authentication_token_setup")
+        warner.addFilter(lambda record: "authentication is enabled" not in record.getMessage())
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -102,18 +107,20 @@ def _join(address: str | None, min_cpus: int, log_to_driver: bool, trains: bool)
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=log_to_driver,
             logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": "mocme_dist.cluster.quiet_worker"} if trains else None,
+            runtime_env={"worker_process_setup_hook": QUIET} if trains else None,
         )
         log.info("ray: started a local cluster with %d CPUs", cpus)
         return
     _check_listening(address)
     try:
-        variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        runtime: dict[str, Any] = {"worker_process_setup_hook": QUIET} if trains else {}
+        if variables := {name: os.environ[name] for name in PASSED_ON if name in os.environ}:
+            runtime["env_vars"] = variables
         ray.init(
             address="auto",
             log_to_driver=log_to_driver,
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": variables} if variables else None,
+            runtime_env=runtime or None,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
