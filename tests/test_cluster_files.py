@@ -47,7 +47,7 @@ def settings_of(command: list[str]) -> Any:
     assert command[:3] == ["python", "-m", "mocme_dist.train"]
     files = command[command.index("--config") + 1 : command.index("--set")]
     known = [str(ROOT / "configs" / Path(file).name) for file in files]
-    return load_config(known, command[command.index("--set") + 1 :])
+    return load_config(known, [word for word in command[command.index("--set") + 1 :] if word != "--set"])
 
 
 def test_kuberay_files_hold_one_cluster_of_the_tested_versions():
@@ -63,7 +63,10 @@ def test_kuberay_files_hold_one_cluster_of_the_tested_versions():
         for container in (head, *groups):
             assert container["image"] == f"mocme-dist:{PROJECT['version']}"
             assert container["resources"]["requests"] == container["resources"]["limits"]
-            assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/data"}
+            assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/data", "/dev/shm"}
+        for group, container in zip(spec["workerGroupSpecs"], groups, strict=True):
+            drain = {entry["name"]: entry["value"] for entry in container["env"]}["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+            assert int(drain) < group["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 def test_the_job_asks_for_what_its_cluster_has():
@@ -93,20 +96,54 @@ def test_machines_over_ssh_start_ray_with_a_token():
     assert any("-c constraints.txt" in command for command in spec["setup_commands"])
 
 
-def test_slurm_starts_as_many_ranks_as_there_are_gpus():
+def slurm_command(**job: int) -> list[str]:
+    """The training command that train.sbatch makes for an allocation, by its own arithmetic."""
+    text = (CLUSTER / "slurm" / "train.sbatch").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(("gpus=", "ranks="))]
+    command = text[text.index("python -m mocme_dist.train") :].split(" &\n")[0].replace("\\\n", " ").replace("$SLURM_JOB_ID", "7")
+    script = "\n".join([*lines, f"printf '%s\\n' {command}"])
+    env = {"PATH": os.environ["PATH"], **{f"SLURM_{name}": str(value) for name, value in job.items()}}
+    given = ["bash", "-euc", script, "bash", "--config", "configs/mkg_w.yaml", "--set", "run.dir=runs/x"]
+    return subprocess.run(given, env=env, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_slurm_starts_a_rank_a_gpu_or_a_rank_a_node_without_gpus():
     text = (CLUSTER / "slurm" / "train.sbatch").read_text()
     subprocess.run(["bash", "-n", CLUSTER / "slurm" / "train.sbatch"], check=True)
     given = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.M))
-    assert given["ntasks-per-node"] == "1" and int(given["cpus-per-task"]) >= int(given["gpus-per-node"])
-    assert given["signal"] == "B:TERM@120"
-    assert "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token" in text and "umask 077" in text
-    values = {"gpus": int(given["nodes"]) * int(given["gpus-per-node"]), "cpus": int(given["cpus-per-task"]) // int(given["gpus-per-node"])}
-    command = text[text.index("python -m mocme_dist.train") :].split("&")[0].replace("\\\n", " ")
-    command = command.replace("$gpus", str(values["gpus"])).replace("$((SLURM_CPUS_PER_TASK / SLURM_GPUS_ON_NODE))", str(values["cpus"]))
-    words = shlex.split(command.replace('"$@"', "--config configs/mkg_w.yaml"))
-    launch = settings_of(words).launch
+    nodes, cpus, gpus = (int(given[name]) for name in ("nodes", "cpus-per-task", "gpus-per-node"))
+    assert given["ntasks-per-node"] == "1" and cpus >= gpus
+    launch = settings_of(slurm_command(JOB_NUM_NODES=nodes, CPUS_PER_TASK=cpus, GPUS_ON_NODE=gpus)).launch
     assert (launch.workers, launch.gpus_per_worker, launch.cpus_per_worker) == (16, 1, 8)
-    assert "--head" in text and "--include-dashboard=false" in text
+    launch = settings_of(slurm_command(JOB_NUM_NODES=nodes, CPUS_PER_TASK=cpus)).launch
+    assert (launch.workers, launch.gpus_per_worker, launch.cpus_per_worker) == (4, 0, 32)
+    assert "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token" in text and "umask 077" in text
+    assert "--head" in text and "--dashboard-host 127.0.0.1" in text
+    # Steps do not take the CPUs of the job by themselves, and a job that is queued again must not lose its log.
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in text and given["open-mode"] == "append"
+    # The time limit queues the job again, a user's TERM does not.
+    assert given["signal"] == "B:USR1@120" and "trap 'again=true; kill -TERM $train 2> /dev/null' USR1" in text
+
+
+def test_ray_knows_every_option_that_the_files_give_it():
+    from ray.scripts.scripts import start
+
+    known = {option for parameter in start.params for option in parameter.opts}
+    specs = read_yaml("ray-cluster.yaml")
+    texts = {
+        "train.sbatch": (CLUSTER / "slurm" / "train.sbatch").read_text().replace("\\\n", " "),
+        "local.sh": (CLUSTER / "local.sh").read_text().replace("\\\n", " "),
+        "ray-cluster.yaml": "\n".join(specs["head_start_ray_commands"] + specs["worker_start_ray_commands"]),
+    }
+    for name, text in texts.items():
+        lines = [line for line in text.splitlines() if re.search(r"\bray start --|\$start |^start\+=", line) and not line.startswith("#")]
+        used = {
+            word for line in lines for word in re.findall(r"(?<!\S)--[a-z][\w-]+", line.split("$start", 1)[-1].split("ray start", 1)[-1])
+        }
+        assert used and used <= known, (name, used - known)
+    for spec in clusters().values():
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        assert {f"--{key}" for group in groups for key in group["rayStartParams"]} <= known
 
 
 def test_the_image_installs_the_tested_set_on_a_supported_python():

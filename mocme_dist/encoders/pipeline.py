@@ -250,13 +250,12 @@ def _run_ray(tasks: Sequence[Task], workshop: Workshop) -> Generator[Result, Non
 def _run_all(
     tasks: Sequence[Task], dataset: Dataset, workshop: Workshop, use_ray: bool
 ) -> tuple[dict[str, list[Result]], dict[str, float]]:
-    """Results per modality, and the wall-clock seconds each modality took."""
+    """Results per modality, and its share of the wall-clock seconds: actors work on several at once, so it goes by their work."""
     results: dict[str, list[Result]] = {modality: [] for modality in workshop.hashes}
-    seconds = dict.fromkeys(workshop.hashes, 0.0)
     sizes = {shard: last - first for shard in range(dataset.shards.num_shards) for first, last in [dataset.shards.bounds(shard)]}
     before = time.monotonic()
     if not tasks:
-        return results, seconds
+        return results, dict.fromkeys(results, 0.0)
     with (
         Progress("extract", sum(sizes[task["shard"]] for task in tasks)) as progress,
         watch(dataset.directory / "features", progress) as folder,
@@ -267,10 +266,9 @@ def _run_all(
             finished += sizes[result["shard"]]
             progress.raise_to(finished)
             results[result["kind"]].append(result)
-            now = time.monotonic()
-            seconds[result["kind"]] += now - before
-            before = now
-    return results, seconds
+    work = {modality: sum(result["seconds"] for result in done) for modality, done in results.items()}
+    scale = (time.monotonic() - before) / max(sum(work.values()), 1e-9)
+    return results, {modality: seconds * scale for modality, seconds in work.items()}
 
 
 # -- what is done, and what is left

@@ -123,7 +123,10 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """A line per interval with done/total, rate and the time left; durations from a monotonic clock."""
+    """A line per interval with done/total, rate and the time left; durations from a monotonic clock.
+
+    The first unit is not counted: a first step compiles, and would promise hours.
+    """
 
     def __init__(self, what: str, total: int, active: bool, interval_s: float = 10.0) -> None:
         self.what, self.total, self.active, self.interval_s = what, total, active, interval_s
@@ -133,13 +136,16 @@ class Progress:
     def __call__(self, done: int, note: str = "") -> None:
         """Say how far it is, at most once an interval."""
         now = time.monotonic()
-        self.begun = done - 1 if self.begun is None else self.begun
+        if self.begun is None:
+            self.begun, self.start = done, now
         if not self.active or (now - self.last < self.interval_s and done < self.total):
             return
         self.last = now
-        rate = (done - self.begun) / max(now - self.start, 1e-9)
-        left = (self.total - done) / max(rate, 1e-9)
-        log.info("%s %d/%d, %.1f/s, %s left%s", self.what, done, self.total, rate, duration(left), f", {note}" if note else "")
+        parts = [f"{self.what} {done}/{self.total}"]
+        if done > self.begun:
+            rate = (done - self.begun) / max(now - self.start, 1e-9)
+            parts += [f"{rate:.1f}/s", f"{duration((self.total - done) / max(rate, 1e-9))} left"]
+        log.info(", ".join([*parts, note] if note else parts))
 
 
 def duration(seconds: float) -> str:

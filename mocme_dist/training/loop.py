@@ -238,7 +238,7 @@ class Training:
     def _write_report(self, report: dict[str, Any]) -> None:
         write_json(self.directory.metrics, report)
         log.info(
-            "best valid MRR %.4f at epoch %s; test MRR %.4f, Hits@1 %.4f, Hits@10 %.4f; %s in all",
+            "best valid MRR %.4f at epoch %g; test MRR %.4f, Hits@1 %.4f, Hits@10 %.4f; %s in all",
             report["valid_mrr"],
             report["epoch"],
             report["mrr"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 
 import numpy as np
@@ -35,7 +36,19 @@ def test_progress_speaks_at_intervals_and_at_the_end(caplog):
         Progress("hidden", 1, False, 0)(1)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(",")[0] for line in lines] == ["evaluate 1/3", "evaluate 2/3", "pack 3/3", "evaluate 3/3"]
-    assert all(line.endswith("left, loss 0.5") for line in lines if line.startswith("evaluate"))
+    assert lines[0] == "evaluate 1/3, loss 0.5"
+    assert all(line.endswith("left, loss 0.5") for line in lines[1:] if line.startswith("evaluate"))
+
+
+def test_a_first_step_that_compiles_does_not_count_in_the_time_left(caplog):
+    with caplog.at_level(logging.INFO):
+        progress = Progress("step", 1000, True, 0)
+        progress.start -= 100  # as if it had taken so long
+        progress(1)
+        time.sleep(0.01)
+        progress(2)
+    rate = re.search(r"step 2/1000, ([\d.]+)/s", caplog.messages[-1])
+    assert rate and float(rate[1]) > 1
 
 
 def test_a_resumed_curve_loses_the_lines_behind_its_step_and_half_lines(tmp_path):
