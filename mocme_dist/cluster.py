@@ -23,16 +23,20 @@ OBJECT_STORE_BYTES = 200_000_000
 # Settings of Ray Train that its workers read from their own environment; Ray itself passes on only some of its names.
 PASSED_ON = ("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
 
-QUIET = "mocme_dist.cluster.quiet_worker"
+PREPARE = "mocme_dist.cluster.prepare_worker"
 
 
-def quiet_worker() -> None:
-    """Runs first in every process of a job: silences a watcher that needs a dashboard which not every cluster has.
+def prepare_worker() -> None:
+    """Runs first in every process of a job that trains: tells Ray Train's clean-up actor which cluster it belongs to.
 
-    Ray Train's clean-up actor asks the dashboard about its controller once a second, warns each time that it is not
-    there (a local cluster starts none; on others it may listen on loopback of another node), and breaks off with a
-    traceback where another Ray on the machine answers instead. What it would clean up ends with the driver all the same.
+    Once a second that actor asks a dashboard whether its controller lives, and takes the workers' places away if not.
+    Without RAY_ADDRESS it asks the newest Ray of its machine, which may be somebody else's and knows no such controller.
+    Where its own cluster has no dashboard that it can reach (a local one starts none) it warns or breaks off with a
+    traceback: that is not shown, because what it would clean up ends with the driver all the same.
     """
+    import ray
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
     shown = threading.excepthook
 
@@ -67,7 +71,7 @@ def connect_ray(min_cpus: int, log_to_driver: bool = True, trains: bool = True, 
     Args:
         min_cpus: CPUs that the work to come asks for.
         log_to_driver: show what workers write to their standard output and error.
-        trains: workers quieten Ray Train first; without, every process starts a second sooner.
+        trains: workers prepare for Ray Train first; without, every process starts a second sooner.
         meanwhile: called in a thread of its own while Ray's processes start, and waited for.
 
     Raises:
@@ -107,13 +111,13 @@ def _join(address: str | None, min_cpus: int, log_to_driver: bool, trains: bool)
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=log_to_driver,
             logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": QUIET} if trains else None,
+            runtime_env={"worker_process_setup_hook": PREPARE} if trains else None,
         )
         log.info("ray: started a local cluster with %d CPUs", cpus)
         return
     _check_listening(address)
     try:
-        runtime: dict[str, Any] = {"worker_process_setup_hook": QUIET} if trains else {}
+        runtime: dict[str, Any] = {"worker_process_setup_hook": PREPARE} if trains else {}
         if variables := {name: os.environ[name] for name in PASSED_ON if name in os.environ}:
             runtime["env_vars"] = variables
         ray.init(

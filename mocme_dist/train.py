@@ -149,6 +149,8 @@ def refuse_what_cannot_fit(config: Config) -> None:
         nodes = nodes * -(-plan.world_size // per_node)
     check_plan(plan, config, [Node(*node) for node in nodes])
     log.info("plan: %s", plan.summary())
+    for note in plan.notes:
+        log.warning("plan: %s", note)
 
 
 def _where(directory: Any) -> dict[str, Any]:

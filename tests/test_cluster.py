@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 
 import pytest
 
-from mocme_dist.cluster import connect_ray
+from mocme_dist.cluster import connect_ray, prepare_worker
 from mocme_dist.errors import ConfigError
 
 
@@ -42,3 +43,19 @@ def test_a_running_ray_is_used_as_it_is(ray_session, monkeypatch):
     before = ray.get_runtime_context().get_job_id()
     connect_ray(64)
     assert ray.get_runtime_context().get_job_id() == before
+
+
+@pytest.mark.ray
+def test_a_process_of_a_job_knows_its_cluster_among_several(ray_session):
+    import ray
+
+    def address() -> str:
+        before = os.environ.pop("RAY_ADDRESS", None)
+        prepare_worker()
+        found = os.environ["RAY_ADDRESS"]
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+        return found
+
+    mine = ray.get_runtime_context().gcs_address
+    assert ray.get(ray.remote(address).remote()) == mine

@@ -149,10 +149,24 @@ def make_plan(config: Config, dataset: Dataset, world_size: int, under_ray: bool
         "a ranking": _ranking_bytes(config, model, dataset, rows),
         "a checkpoint": 12 * dense,
     }
+    notes += _idle_ranks(config, world_size)
     mapped = 24 * len(dataset.triples("train")) + sum(dataset.known(name).num_bytes for name in ("train", "all"))
     in_engine = D * dataset.num_entities if config.entities.sharding == "zero" else 0
     wire = wire_bytes(requests, D, dense + in_engine, world_size)
     return Plan(world_size, rows, dense, sampler.steps_per_epoch, requests, resident, passing, wire, mapped, tuple(notes))
+
+
+def _idle_ranks(config: Config, world_size: int) -> list[str]:
+    """A note where a batch has too few chunks for every rank to get one."""
+    parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
+    chunks, needed = config.train.batch_size // chunk, world_size * parts
+    if chunks >= needed:
+        return []
+    cut = f" in {parts} parts each" if parts > 1 else ""
+    return [
+        f"a batch has {chunks} chunk(s) of {chunk} queries for {world_size} ranks{cut}: some have none to score; set train.batch_size "
+        f"to {needed * chunk:,} or a smaller negatives.chunk_size"
+    ]
 
 
 def _row_bytes(config: Config, num_entities: int, rows: int, world_size: int) -> dict[str, int]:

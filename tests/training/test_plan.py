@@ -166,3 +166,14 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(planted, tmp_path, sh
     plan = plan_for(command.resolve_paths(load_config([], ["launch.mode=local", *settings])), world)
     measured = max(rank["peak_mb"] for rank in measure_ranks(world, settings, steps=5, queries=64))
     assert plan.peak / 2**20 == pytest.approx(measured, rel=0.15), plan.summary()
+
+
+def test_ranks_without_a_chunk_are_told_with_the_batch_that_gives_them_one(featured_dataset, tmp_path):
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]", "train.batch_size=64", "negatives.chunk_size=16")
+    assert plan_for(config, 4).notes == ()
+    (note,) = plan_for(config, 5).notes
+    assert "4 chunk(s) of 16 queries for 5 ranks" in note and "train.batch_size to 80" in note
+    (note,) = plan_for(
+        config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"gradient_accumulation_steps": 2})}), 3
+    ).notes
+    assert "3 ranks in 2 parts each" in note and "train.batch_size to 96" in note
