@@ -148,6 +148,11 @@ class MineConfig(Section):
     clip: float = Field(10.0, gt=0, description="With bounded: |T| is clipped to this inside the exponential (SMILE).")
     every: int = Field(1, ge=1, description="Estimate and train the networks at every n-th step.")
     rows: int = Field(0, ge=0, description="Use at most this many rows of a rank's batch for the estimate; 0 uses all.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Of what the networks' products multiply in training; sums and parameters stay float32. bfloat16 is fast where the "
+        "hardware has it (GPUs, CPUs with AMX) and slow on other CPUs.",
+    )
 
 
 class FusionConfig(Section):

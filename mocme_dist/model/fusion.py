@@ -18,7 +18,10 @@ from mocme_dist.model.mine import Mine, MineEstimate, Reduce, pairs_between, pai
 
 
 class FusionSettings(NamedTuple):
-    """Fields as in the fusion and mine sections of the configuration; compiled: the estimates as one graph."""
+    """Fields as in the fusion and mine sections of the configuration.
+
+    compiled: the estimates as one graph. kernels: by the C++ kernels where they can run.
+    """
 
     estimator: str = "mine"
     scope: str = "global"
@@ -30,7 +33,9 @@ class FusionSettings(NamedTuple):
     bounded: bool = True
     clip: float = 10.0
     rows: int = 0
+    precision: str = "float32"
     compiled: bool = False
+    kernels: bool = False
 
 
 class Fused(NamedTuple):
@@ -76,7 +81,8 @@ class PairInformation(nn.Module):
         super().__init__()
         self.settings, self.num_pairs = settings, len(pairs)
         if settings.estimator == "mine" and pairs:
-            self.mine = Mine(num_views, pairs, width, settings.hidden, generator, settings.compiled)
+            how = (settings.compiled, settings.kernels, getattr(torch, settings.precision))
+            self.mine = Mine(num_views, pairs, width, settings.hidden, generator, *how)
         left, right = zip(*pairs, strict=True) if pairs else ((), ())
         self.register_buffer("left_P", torch.tensor(left, dtype=torch.long), persistent=False)
         self.register_buffer("right_P", torch.tensor(right, dtype=torch.long), persistent=False)

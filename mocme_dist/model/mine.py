@@ -12,6 +12,7 @@ T is clipped inside the exponential (SMILE), and the result is capped at log n. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mocme_dist.model import statistics
 from mocme_dist.model.graphs import one_graph, vary
 
 # Sums over ranks; the identity where there is one. The model knows no ranks, the caller passes this in.
@@ -41,6 +43,19 @@ class MineEstimate(NamedTuple):
     log_n_P: Tensor
     log_mean_exp_P: Tensor
     valid_P: Tensor
+
+
+class Found(NamedTuple):
+    """What this rank's rows say.
+
+    Attributes:
+        sums: flat, float64, added up over ranks: number of the rows that train, their sum of exp T', number of those
+            that estimate, their sums of T and of exp T', each (P,); then what `_moments` says.
+        loss: from 1 / n and 1 / (n E[exp T']) of each pair, over all ranks, to the loss of this rank's share.
+    """
+
+    sums: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
 
 
 def pairs_within(num_modalities: int, num_experts: int) -> list[tuple[int, int]]:
@@ -124,17 +139,21 @@ class StatisticsNetworks(nn.Module):
         self.register_buffer("left_P", torch.tensor(left, dtype=torch.long), persistent=False)
         self.register_buffer("right_P", torch.tensor(right, dtype=torch.long), persistent=False)
 
-    def forward(self, view_SVD: Tensor, shift: Shift | None, frozen: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, view_SVD: Tensor, shift: Shift | None, frozen: bool, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """T on joint rows and, with a shift, on marginal pairs (row i left, the next one right), each (P, V) float32.
 
         Args:
             view_SVD: (S, V, D) standardised views.
             shift: the marginal sample, or None for the joint rows alone; only its valid rows may get a gradient.
             frozen: no gradient to the networks, only to the views.
+            dtype: what products multiply; None is the parameters' own.
         """
         take = (lambda parameter: parameter.detach()) if frozen else (lambda parameter: parameter)
-        H = self.first_bias_PH.shape[1]
-        sides_SVH = torch.bmm(view_SVD.to(self.sides_SDH.dtype), take(self.sides_SDH))
+        H, own = self.first_bias_PH.shape[1], self.sides_SDH.dtype
+        low = dtype or own
+        sides_SVH = torch.bmm(view_SVD.to(low), take(self.sides_SDH).to(low)).to(own)
         left_PVH = sides_SVH[self.left_P, :, :H] + take(self.first_bias_PH)[:, None]
         right_PVH = sides_SVH[self.right_P, :, H:]
         first_PWH = left_PVH + right_PVH
@@ -142,7 +161,12 @@ class StatisticsNetworks(nn.Module):
             shuffled_PVH = _ShiftRows.apply(right_PVH, *shift)
             # One product for both: the second layer sees joint and marginal rows side by side.
             first_PWH = torch.cat([first_PWH, left_PVH + shuffled_PVH], 1)
-        second_PWH = torch.relu(torch.baddbmm(take(self.second_bias_PH)[:, None], torch.relu(first_PWH), take(self.second_PHH)))
+        first_PWH = torch.relu(first_PWH)
+        if low == own:
+            second_PWH = torch.baddbmm(take(self.second_bias_PH)[:, None], first_PWH, take(self.second_PHH))
+        else:
+            second_PWH = torch.bmm(first_PWH.to(low), take(self.second_PHH).to(low)).to(own) + take(self.second_bias_PH)[:, None]
+        second_PWH = torch.relu(second_PWH)
         value_PW = (second_PWH * take(self.last_PH)[:, None]).sum(-1).float()
         if shift is None:
             return value_PW, None
@@ -159,10 +183,18 @@ class Mine(nn.Module):
     num_updates: Tensor
 
     def __init__(
-        self, num_views: int, pairs: list[tuple[int, int]], width: int, hidden: int, generator: torch.Generator, compiled: bool = False
+        self,
+        num_views: int,
+        pairs: list[tuple[int, int]],
+        width: int,
+        hidden: int,
+        generator: torch.Generator,
+        compiled: bool = False,
+        kernels: bool = False,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.compiled = compiled
+        self.compiled, self.kernels, self.precision = compiled, kernels, precision
         self.networks = StatisticsNetworks(num_views, pairs, width, hidden, generator)
         # Moving average of E[exp T'] of the training half: MINE's correction of the gradient's bias.
         self.register_buffer("mean_exp_P", torch.zeros(len(pairs)))
@@ -200,15 +232,12 @@ class Mine(nn.Module):
             reduce: adds a tensor over ranks.
             bounded, clip: see the mine section of the configuration.
         """
-        view_SVD = view_SVD.detach()
-        compiled = self.compiled and vary([view_SVD, present_SV], 1) and vary([held_out_V], 0)
-        joint_PV, marginal_PV, exp_PV, train_PV, sums = (self._graph if compiled else _statistics)(
-            self, view_SVD, present_SV, held_out_V, bounded=bounded, clip=clip
-        )
+        view_SVD, P = view_SVD.detach(), len(self.mean_exp_P)
+        by_kernels = self.kernels and statistics.has_kernels(view_SVD, self.dtype)
+        found = (self._by_kernels if by_kernels else self._by_torch)(view_SVD, present_SV, held_out_V, bounded, clip)
         with torch.no_grad():
             # One reduction for everything that ranks must agree on.
-            P = len(self.mean_exp_P)
-            reduced = reduce(sums)
+            reduced = reduce(found.sums)
             trained_P, train_exp_P, count_P, joint_P, exp_P = reduced[: 5 * P].view(5, P)
             self._follow_views(reduced[5 * P :])
             n_P = count_P.clamp_min(1)
@@ -217,12 +246,51 @@ class Mine(nn.Module):
             if bounded:
                 information_P = torch.minimum(information_P, n_P.log())
             self._average(train_exp_P / trained_P.clamp_min(1), trained_P > 0)
-        weight_PV = train_PV / trained_P.clamp_min(1)[:, None]
-        # The clip bounds the exponential but not its gradient: a T' beyond the clip must still be pushed back, or
-        # nothing holds T where the true information is unbounded (without this it passed 1e7 in 4,000 steps).
-        pushed_PV = exp_PV * (1 + marginal_PV - marginal_PV.detach())
-        ascent_P = (joint_PV * weight_PV).sum(1) - (pushed_PV * weight_PV).sum(1) / self.mean_exp_P.clamp_min(1e-30)
-        return MineEstimate(-ascent_P.sum().float(), information_P.float(), n_P.log().float(), log_mean_exp_P.float(), count_P >= 2)
+            weight_P = 1 / trained_P.clamp_min(1)
+            slope_P = weight_P / self.mean_exp_P.clamp_min(1e-30)
+        loss = found.loss(weight_P, slope_P)
+        return MineEstimate(loss.float(), information_P.float(), n_P.log().float(), log_mean_exp_P.float(), count_P >= 2)
+
+    def _by_torch(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, bounded: bool, clip: float) -> Found:
+        compiled = self.compiled and vary([view_SVD, present_SV], 1) and vary([held_out_V], 0)
+        joint_PV, marginal_PV, exp_PV, train_PV, sums = (self._graph if compiled else _statistics)(
+            self, view_SVD, present_SV, held_out_V, bounded=bounded, clip=clip
+        )
+
+        def loss(weight_P: Tensor, slope_P: Tensor) -> Tensor:
+            # The clip bounds the exponential but not its gradient: a T' beyond the clip must still be pushed back, or
+            # nothing holds T where the true information is unbounded (without this it passed 1e7 in 4,000 steps).
+            pushed_PV = exp_PV * (1 + marginal_PV - marginal_PV.detach())
+            return ((pushed_PV * train_PV).sum(1) * slope_P - (joint_PV * train_PV).sum(1) * weight_P).sum()
+
+        return Found(sums, loss)
+
+    def _by_kernels(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, bounded: bool, clip: float) -> Found:
+        networks, parameters = self.networks, list(self.networks.parameters())
+        rows = statistics.forward(
+            view_SVD,
+            present_SV,
+            held_out_V if bounded else None,
+            (self.center_SD, self.deviation_SD),
+            (networks.left_P, networks.right_P),
+            parameters,
+            self.dtype,
+            clip if bounded else math.inf,
+        )
+        trained_P, joint_P, exp_P, *estimated = rows.pair_sums
+        sums = torch.cat([trained_P, exp_P, *estimated, present_SV.sum(1), rows.moments_2SD.flatten()])
+
+        def loss(weight_P: Tensor, slope_P: Tensor) -> Tensor:
+            value = (exp_P * slope_P - joint_P * weight_P).sum()
+            return statistics.with_gradient(value, -weight_P, slope_P, rows, parameters)
+
+        return Found(sums, loss)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products of the training multiply: `precision`, or the parameters' type where that is lower."""
+        own = self.networks.sides_SDH.dtype
+        return self.precision if own == torch.float32 else own
 
     @cached_property
     def _graph(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -260,7 +328,7 @@ def _statistics(
     train_PV = present_PV & ~held_out_V if bounded else present_PV
     estimate_PV = present_PV & held_out_V if bounded else present_PV
     shift = shift_halves(train_PV, estimate_PV, held_out_V) if bounded else shift_valid(present_PV)
-    joint_PV, marginal_PV = mine.networks(mine.standardise(view_SVD), shift, frozen=False)
+    joint_PV, marginal_PV = mine.networks(mine.standardise(view_SVD), shift, frozen=False, dtype=mine.dtype)
     clipped_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
     # float64: without the clip, exp of a diverging T must not overflow before anybody has seen it.
     exp_PV = clipped_PV.detach().double().exp()

@@ -26,6 +26,7 @@ class ModelSettings(NamedTuple):
     """Sizes and switches; see the projection, experts and fusion sections of the configuration.
 
     compiled: training encodes by one compiled graph; evaluation never does, so that its vectors do not depend on it.
+    kernels: mutual information is estimated by the C++ kernels where they can run.
     """
 
     width: int = 256
@@ -40,6 +41,7 @@ class ModelSettings(NamedTuple):
     fusion: FusionSettings = FusionSettings()
     recompute: bool = False
     compiled: bool = False
+    kernels: bool = False
 
 
 def alone(value: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class MoCME(nn.Module):
         self.experts = (
             Experts(M, K, D, settings.experts_dropout, settings.residual, generator, settings.recompute) if mixed else NoExperts()
         )
-        self.fusion = Fusion(M, K, D, settings.fusion._replace(compiled=settings.compiled), generator)
+        self.fusion = Fusion(M, K, D, settings.fusion._replace(compiled=settings.compiled, kernels=settings.kernels), generator)
         self.relations = Relations(num_relations, D, generator)
         # RotatE's initial range: with parts near 1 the distances of D / 2 moduli start near gamma, not far above.
         self.scale = (settings.gamma + 2) / D

@@ -23,7 +23,8 @@ import torch
 log = logging.getLogger(__name__)
 
 # Named instruction sets and not -march=native: the cache may lie in a home that machines of several kinds share.
-_INSTRUCTIONS = {"AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"), "AVX2": ("-mavx2", "-mfma")}
+_AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")
+_INSTRUCTIONS = {"AMX": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), "AVX512": _AVX512, "AVX2": ("-mavx2", "-mfma")}
 # No contraction behind our back: what must tie bit for bit says where it fuses. SONAMEs are equal, so -fopenmp
 # shares the OpenMP runtime and the threads that torch has loaded.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")

@@ -87,7 +87,7 @@ class Worker:
         # ZeRO-3 fetches parameters in hooks of the modules, which a graph cannot hold. On a CPU, encoding is matrix
         # products and little else: the graph took as long as eager code and tens of seconds to compile (RESULTS.md).
         graph = self.compiled and config.deepspeed.stage < 3 and comm.device.type == "cuda"
-        settings = model_settings(config)._replace(compiled=graph)
+        settings = model_settings(config)._replace(compiled=graph, kernels=self.compiled and config.deepspeed.stage < 3)
         self.model = MoCME(raw_widths, dataset.num_relations, settings, config.train.seed).to(comm.device)
         self._set_statistics()
         self.table = self._make_engine()
@@ -302,6 +302,7 @@ def model_settings(config: Config) -> ModelSettings:
             bounded=mine.bounded,
             clip=mine.clip,
             rows=mine.rows,
+            precision=mine.precision,
         ),
     )
 

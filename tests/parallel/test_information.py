@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -71,8 +72,15 @@ def pairings(mine: Mine, count: int) -> Tensor:
     return drawn
 
 
-def test_estimates_at_any_world_size_are_draws_of_the_one_rank_estimate(run_ranks):
-    mine = trained_networks()
+@pytest.fixture(scope="module")
+def trained() -> Mine:
+    return trained_networks()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_estimates_at_any_world_size_are_draws_of_the_one_rank_estimate(run_ranks, trained, kernels):
+    mine = copy.deepcopy(trained)
+    mine.kernels = kernels  # where they cannot be built, torch estimates again
     by_world = {world: run_ranks(world, estimate, mine) for world in (1, 2, 3, 4)}
     for ranks in by_world.values():
         assert all(torch.equal(information, ranks[0][0]) for information, _ in ranks)

@@ -1,0 +1,179 @@
+"""MINE's training pass by the C++ kernels of mine.cpp, on a CPU: what `mine` computes in torch, for views without a gradient.
+
+Forward standardises the views, runs the networks and leaves sums; backward, once ranks have agreed on those sums, makes
+the parameters' gradients. Nothing of a pair's rows and hidden units is stored in between. Products are float32, or
+bfloat16 with float32 sums where the CPU has AMX.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mocme_dist.model.native import library
+
+_SOURCE = Path(__file__).with_name("mine.cpp")
+_INSTRUCTIONS = {torch.float32: None, torch.bfloat16: "AMX"}
+_SIZES = ("S", "V", "T", "P", "D", "H", "width", "threads", "halves", "low")
+_VIEWS = ("view", "present", "held_out", "center", "inverse", "left", "right")
+_PARAMETERS = ("first", "bias", "second", "second_bias", "last")
+_FOUND = ("trained", "sides", "next", "exps", "pair_sums", "moments")
+_SLOPES = ("joint_slope", "marginal_slope")
+_ARRAYS = (*_VIEWS, *_PARAMETERS, *_FOUND, *_SLOPES, *(f"{name}_grad" for name in _PARAMETERS))
+
+
+class _Networks(ctypes.Structure):
+    """`Networks` of mine.cpp, field by field."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in _SIZES), ("clip", ctypes.c_double), *((name, ctypes.c_void_p) for name in _ARRAYS)]
+
+
+class Pass(NamedTuple):
+    """What forward leaves.
+
+    Attributes:
+        pair_sums: (6, P) float64: number, sum of T and sum of exp T' of the rows that train, then of those that estimate.
+        moments_2SD: sums of the present rows of each view and of their squares, float64.
+        sizes, arrays, dtype, clip: for backward.
+    """
+
+    pair_sums: Tensor
+    moments_2SD: Tensor
+    sizes: dict[str, int]
+    arrays: dict[str, Tensor]
+    dtype: torch.dtype
+    clip: float
+
+
+@cache
+def _kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The library whose products have this type; None where it cannot run here."""
+    if dtype == torch.bfloat16:
+        plain = library(_SOURCE)
+        # Not built before the CPU is known to have it: older compilers know no AMX, and would warn for nothing.
+        if plain is None or not plain.mocme_has_amx():
+            return None
+    found = library(_SOURCE, _INSTRUCTIONS[dtype])
+    if found is not None:
+        found.mocme_mine_pad.restype = ctypes.c_int64
+    return found
+
+
+def has_kernels(view: Tensor, dtype: torch.dtype) -> bool:
+    """Whether statistics of these views with products of this type come from the kernels."""
+    return view.device.type == "cpu" and view.dtype in _INSTRUCTIONS and dtype in _INSTRUCTIONS and _kernels(dtype) is not None
+
+
+def _run(name: str, dtype: torch.dtype, sizes: dict[str, int], clip: float, arrays: dict[str, Tensor]) -> None:
+    assert all(array.is_contiguous() for array in arrays.values())
+    addresses = {key: array.data_ptr() for key, array in arrays.items()}
+    function = getattr(_kernels(dtype), name)
+    function.restype = None
+    function(ctypes.byref(_Networks(**sizes, clip=clip, threads=torch.get_num_threads(), **addresses)))
+
+
+def forward(
+    view_SVD: Tensor,
+    present_SV: Tensor,
+    held_out_V: Tensor | None,
+    standard: tuple[Tensor, Tensor],
+    pairs: tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor],
+    dtype: torch.dtype,
+    clip: float,
+) -> Pass:
+    """Run the networks on all rows.
+
+    Args:
+        view_SVD: (S, V, D) views, float32 or bfloat16.
+        present_SV: (S, V) rows that have the view.
+        held_out_V: (V,) rows that estimate, the others train; None: all do both.
+        standard: (S, D) mean and deviation to standardise with.
+        pairs: (P,) left and right views.
+        parameters: of StatisticsNetworks, in order.
+        dtype: of what products multiply, see `has_kernels`.
+        clip: of T' inside exp; infinite is none.
+    """
+    (S, V, width), (P, H) = view_SVD.shape, parameters[1].shape
+    D, H = _padded(width, dtype), _padded(H, dtype)
+    T = V if held_out_V is None else V - int(held_out_V.sum())
+    halves, low = held_out_V is not None, view_SVD.dtype == torch.bfloat16
+    sizes = {"S": S, "V": V, "T": T, "P": P, "D": D, "H": H, "width": width, "halves": int(halves), "low": int(low)}
+    held_out_V = torch.zeros(V, dtype=torch.bool) if held_out_V is None else held_out_V
+    center_SD, deviation_SD = standard
+    given = (view_SVD.contiguous(), present_SV.contiguous(), held_out_V.contiguous(), center_SD, deviation_SD.reciprocal(), *pairs)
+    trained, sides = torch.empty(S, T, D, dtype=dtype), torch.empty(S, V, 2 * H, dtype=dtype)
+    found = (trained, sides, torch.empty(P, V, dtype=torch.int32), torch.empty(P, T, dtype=torch.float64))
+    sums = torch.zeros(6, P, dtype=torch.float64), torch.zeros(2, S, width, dtype=torch.float64)
+    arrays = dict(zip((*_VIEWS, *_PARAMETERS, *_FOUND), (*given, *_pad(parameters, D, H), *found, *sums), strict=True))
+    _run("mocme_mine_forward", dtype, sizes, clip, arrays)
+    return Pass(*sums, sizes, {name: arrays[name] for name in ("left", "right", *_FOUND)}, dtype, clip)
+
+
+class _Value(torch.autograd.Function):
+    """A given value whose gradient to the parameters is that of slopes of T and of exp T'."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, joint_P: Tensor, marginal_P: Tensor, found: Pass, *parameters: Tensor) -> Tensor:
+        """The value."""
+        ctx.save_for_backward(joint_P, marginal_P, *parameters)
+        ctx.found = found
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of the parameters."""
+        joint_P, marginal_P, *parameters = ctx.saved_tensors
+        found: Pass = ctx.found
+        D, H = found.sizes["D"], found.sizes["H"]
+        padded = _pad(parameters, D, H)
+        grads = [torch.zeros_like(value) for value in padded]
+        slopes = [(slope * value).float().contiguous() for value in (joint_P, marginal_P)]
+        names = (*_PARAMETERS, *_SLOPES, *(f"{name}_grad" for name in _PARAMETERS))
+        arrays = found.arrays | dict(zip(names, (*padded, *slopes, *grads), strict=True))
+        _run("mocme_mine_backward", found.dtype, found.sizes, found.clip, arrays)
+        return None, None, None, None, *_cut(grads, parameters)
+
+
+def with_gradient(value: Tensor, joint_P: Tensor, marginal_P: Tensor, found: Pass, parameters: Sequence[Tensor]) -> Tensor:
+    """A scalar with a gradient to the parameters.
+
+    Args:
+        value: of the scalar.
+        joint_P: its slope on T of each joint row that trains.
+        marginal_P: its slope on T' of each marginal row that trains, divided by exp T'.
+        found: what forward left.
+        parameters: as given to forward.
+    """
+    return _Value.apply(value, joint_P, marginal_P, found, *parameters)  # type: ignore[no-any-return]
+
+
+def _padded(size: int, dtype: torch.dtype) -> int:
+    found = _kernels(dtype)
+    assert found is not None, "has_kernels said so"
+    pad = int(found.mocme_mine_pad())
+    return -(-size // pad) * pad
+
+
+def _pad(parameters: Sequence[Tensor], D: int, H: int) -> list[Tensor]:
+    """Widths filled up with zeros to D and H; float32."""
+    sides_SDH, *others = (p.detach().float() for p in parameters)
+    S, width, double = sides_SDH.shape
+    more = H - double // 2
+    sides_SDH = functional.pad(sides_SDH.view(S, width, 2, double // 2), (0, more, 0, 0, 0, D - width)).reshape(S, D, 2 * H)
+    return [sides_SDH, *(functional.pad(p, (0, more) if p.dim() == 2 else (0, more, 0, more)).contiguous() for p in others)]
+
+
+def _cut(grads: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of padded gradients that are the parameters', in their types."""
+    (S, D, double), (S, width, sides), H = grads[0].shape, parameters[0].shape, parameters[1].shape[1]
+    first = grads[0].view(S, D, 2, double // 2)[:, :width, :, :H].reshape(S, width, sides)
+    others = [grad[:, :H] if grad.dim() == 2 else grad[:, :H, :H] for grad in grads[1:]]
+    return [grad.to(p.dtype) for grad, p in zip((first, *others), parameters, strict=True)]
