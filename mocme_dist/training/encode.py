@@ -92,18 +92,20 @@ class EntityEncoder:
         return self._pieces(range(self.rounds), self.piece_blocks)
 
     def _pieces(self, turns: range, blocks: int) -> Iterator[RowShard]:
-        weights = []
         # One buffer for all pieces: two of them, and the blocks of a third, would be what the pieces are there to save.
+        # One for the weights, too: a small tensor kept from each block made holes that the next block's did not fit
+        # into, 300 MB of them in a million rows.
+        weights_rM = torch.empty(self.num_rows, len(self.model.modalities), device=self.device)
         buffer_ND = torch.empty(min(blocks * self.block_rows, self.num_rows), self.model.settings.width, device=self.device)
         for start in range(0, len(turns), blocks):
             begin = end = self._bounds(start)[1]
             for turn in turns[start : start + blocks]:
                 z_VD, weight_VM = self._encode(turn)
                 buffer_ND[end - begin : end - begin + len(z_VD)] = z_VD
+                weights_rM[end : end + len(z_VD)] = weight_VM
                 end += len(z_VD)
-                weights.append(weight_VM)
             yield RowShard(buffer_ND[: end - begin], self.first + begin)
-        self.weights_rM = torch.cat(weights) if weights else self.weights_rM
+        self.weights_rM = weights_rM
 
     def pick(self, ids_Q: np.ndarray) -> Tensor:
         """See `Vectors`; encodes the blocks that hold the entities, each whole."""
