@@ -249,10 +249,11 @@ class Worker:
         queries = split_queries(self.dataset.triples(split), limit)
         progress = Progress(f"evaluate {split}", len(queries.source), show and self.comm.rank == 0)
         encoder = self._encoder()
-        shard = self.encode_rows() if encoder.num_pieces == 1 else encoder
-        if isinstance(shard, RowShard):
-            self._check_finite(bool(torch.isfinite(shard.z_rD).all()))
         self.model.eval()
+        shard: EntityEncoder | RowShard = encoder
+        if encoder.num_pieces == 1:
+            shard = encoder.whole()
+            self._check_finite(encoder.finite)  # before the queries are ranked
         ranks = rank_queries(
             queries,
             self.model.relations,
@@ -265,9 +266,8 @@ class Worker:
             progress=lambda done, _: progress(done),
         )
         self.model.train()
-        if encoder.num_pieces > 1:
-            self._check_finite(encoder.finite)
-            self.modality_weights = encoder.weights_rM
+        self._check_finite(encoder.finite)
+        self.modality_weights = encoder.weights_rM
         sampled = {"sampled_of": 2 * len(self.dataset.triples(split))} if len(queries.source) < 2 * len(self.dataset.triples(split)) else {}
         return report(split, np.asarray(ranks), queries.direction, **sampled)
 

@@ -15,6 +15,7 @@ from tiny_run import STEPS_PER_EPOCH, curve, final_hashes, losses, tiny_config
 
 from mocme_dist.config import load_config
 from mocme_dist.errors import CheckpointError, DivergedError, Preempted
+from mocme_dist.model.mocme import MoCME
 from mocme_dist.train import train
 from mocme_dist.training import loop
 from mocme_dist.training.launch import launch
@@ -268,14 +269,15 @@ def test_too_many_of_them_in_a_row_end_the_run(run_ranks, featured_dataset, tmp_
 
 
 def test_vectors_that_are_not_finite_are_no_perfect_ranking(featured_dataset, tmp_path, monkeypatch):
-    encode = loop.Worker.encode_rows
+    encode = MoCME.encode
 
-    def broken(self: Any) -> Any:
-        shard = encode(self)
-        shard.z_rD[3] = math.inf
-        return shard
+    def broken(self: Any, *arguments: Any) -> Any:
+        fused = encode(self, *arguments)
+        if not self.training:
+            fused.z_VD[3] = math.inf
+        return fused
 
-    monkeypatch.setattr(loop.Worker, "encode_rows", broken)
+    monkeypatch.setattr(MoCME, "encode", broken)
     with pytest.raises(DivergedError, match="vectors are not finite"):
         train(tiny_config(featured_dataset, tmp_path / "run", BOTH))
     assert json.loads((tmp_path / "run" / "run_status.json").read_text())["exit_code"] == 5
