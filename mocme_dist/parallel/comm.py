@@ -6,6 +6,7 @@ carries the ids of coming steps from a background thread: its collectives never 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mocme_dist import errors
 from mocme_dist.errors import RankError
 
+log = logging.getLogger(__name__)
+
 Value = TypeVar("Value")
+_HERE = "mocme_dist/rank 0 is here"
+_LONG, _SAY_S = timedelta(days=30), 60
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,8 @@ def pick_device() -> torch.device:
 def communication(timeout_s: int) -> Iterator[Comm]:
     """Join the process group that a launcher has made or described in the environment; alone otherwise.
 
-    Under Ray Train the group exists already; under torchrun RANK and MASTER_ADDR say how to join; else this process
-    is the only rank. A group made here is destroyed at the end.
+    Under Ray Train the group exists already; under torchrun RANK and MASTER_ADDR say how to join, and the others wait
+    for rank 0, however long it prepares; else this process is the only rank. A group made here is destroyed at the end.
     """
     device = pick_device()
     if device.type == "cuda":
@@ -93,7 +99,8 @@ def communication(timeout_s: int) -> Iterator[Comm]:
     if made_here:
         backend, timeout = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
         if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, world_size = _meet()
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -103,3 +110,21 @@ def communication(timeout_s: int) -> Iterator[Comm]:
     finally:
         if made_here:
             dist.destroy_process_group()
+
+
+def _meet() -> tuple[Any, int, int]:
+    """The ranks' common store, this rank and how many there are; comes back when rank 0 is here as well.
+
+    Rank 0 packs and extracts before it comes, for hours perhaps; a group's own time limit would end the others meanwhile.
+    A rank 0 that fails is their launcher's to notice: torchrun ends them.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=_LONG))
+    if rank == 0:
+        store.set(_HERE, "")
+    while rank != 0:
+        try:
+            store.wait([_HERE], timedelta(seconds=_SAY_S))
+            break
+        except dist.DistStoreError:
+            log.info("rank %d: waiting for rank 0, which prepares the data", rank)
+    return store, rank, world_size

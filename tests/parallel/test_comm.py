@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from mocme_dist.errors import DataError, RankError
 from mocme_dist.parallel.comm import Comm, communication
@@ -91,3 +97,36 @@ def test_a_group_that_a_launcher_made_is_left_standing():
         assert torch.distributed.is_initialized()
     finally:
         torch.distributed.destroy_process_group()
+
+
+RANK = """
+import sys, time
+from mocme_dist.parallel.comm import communication
+time.sleep(float(sys.argv[1]))
+with communication(5) as comm:
+    print(comm.gather(comm.rank))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_torchrun", [False, True])
+def test_followers_wait_for_rank_0_longer_than_a_collective_may_take(by_torchrun):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    if by_torchrun:  # its agent holds the store, so that the followers find one at once
+        agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, delay], env={**env, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank, delay in (("0", "9"), ("1", "0"))
+    ]
+    try:
+        assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["[0, 1]"] * 2
+        assert [rank.returncode for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+        if by_torchrun:
+            del agent
