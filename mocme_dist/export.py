@@ -22,7 +22,7 @@ The last line printed is one JSON object."""
 def main() -> None:
     """Parse, export, print what was written."""
     parser = command_parser("export", DESCRIPTION)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="run.dir of a training run")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run.dir of a training run, a folder or an fsspec URL")
     parser.add_argument(
         "bundle_dir", metavar="BUNDLE_DIR", help="folder to write, or an fsspec URL; an earlier export of the same format is replaced"
     )
@@ -50,14 +50,18 @@ def main() -> None:
     from mocme_dist.serving.export import export_bundle
     from mocme_dist.serving.foreign import export_foreign
     from mocme_dist.serving.rows import RunRows
-    from mocme_dist.training import checkpoint
+    from mocme_dist.training import checkpoint, remote
     from mocme_dist.training.rundir import RunDirectory
     from mocme_dist.training.worker import open_dataset
 
-    found = checkpoint.find(RunDirectory(config.run.dir).checkpoints, args.step, best=True)
+    directory, dataset = RunDirectory(config.run.dir), open_dataset(config)
+    if directory.mirror is None:
+        found = checkpoint.find(directory.checkpoints, args.step, best=True)
+    else:
+        found = remote.agree(directory.mirror, args.step, (0, dataset.num_entities), best=True)
     if found is None:
         raise CheckpointError(f"{args.run_dir}: no checkpoint; train first")
-    rows = RunRows(config, open_dataset(config), found)
+    rows = RunRows(config, dataset, found)
     if args.format == "bundle":
         manifest = export_bundle(rows, target, args.dtype)
     else:

@@ -17,7 +17,9 @@ from mocme_dist.data.storage import is_url
 from mocme_dist.errors import ConfigError, MocmeError, Preempted
 
 if TYPE_CHECKING:
+    from mocme_dist.training.lease import Lease
     from mocme_dist.training.plan import Plan
+    from mocme_dist.training.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,7 @@ Running the same command again resumes. The last line printed is one JSON object
 def resolve_paths(config: Config) -> Config:
     """The same configuration with absolute paths, so that workers elsewhere on this machine find them."""
     values = config.model_dump(mode="json")
-    if is_url(config.run.dir):
-        raise ConfigError(
-            f"run.dir: {config.run.dir} is a URL; a run needs renames and locks: give a folder, on several machines one that all see"
-        )
-    run_dir = str(Path(config.run.dir).absolute())
+    run_dir = config.run.dir.rstrip("/") if is_url(config.run.dir) else str(Path(config.run.dir).absolute())
     values["run"]["dir"] = run_dir
     for key in ("raw", "dataset"):
         if values["data"][key] is not None:
@@ -82,29 +80,45 @@ def train(config: Config) -> dict[str, Any]:
     if is_follower(config):
         return launch(config, "train")
     directory = RunDirectory(config.run.dir)
-    with directory.lock():
+    with directory.lock() as lease:
+        held = lease.held if lease else None
         try:
+            _join(directory, lease)
             if not directory.config.exists():  # that of an earlier run stands until its checkpoint has accepted this one
                 directory.write_config(config)
             directory.status("running", pid=os.getpid())
+            directory.send(held, "config.yaml", "run_status.json")
             prepare_data(config)
             refuse_what_cannot_fit(config)
-            report = launch(config, "train")
+            report = launch(config, "train", lease)
         except BaseException as error:
             stopped = isinstance(error, Preempted | KeyboardInterrupt)
             code = 75 if stopped else error.exit_code if isinstance(error, MocmeError) else 70
             state = "preempted" if stopped else "failed"
             directory.status(state, exit_code=code, error=f"{type(error).__name__}: {error}", **_where(directory))
+            directory.try_to_send(held, "run_status.json")
             raise
         directory.status("done", exit_code=0, **_where(directory))
+        directory.send(held, "run_status.json")
     return report
+
+
+def _join(directory: RunDirectory, lease: Lease | None) -> None:
+    """Of a run at a URL: say what it goes on from, and bring its small files."""
+    if directory.mirror is None or lease is None:
+        return
+    from mocme_dist.training import remote
+
+    if remote.inherit(directory.mirror, lease, lambda: directory.send(lease.held, "metrics.jsonl")):
+        directory.send(lease.held)  # nobody else has written since
+    directory.fetch()
 
 
 def config_of_run(place: str, files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Config:
     """The configuration of a finished or interrupted run, with changes.
 
     Args:
-        place: its directory.
+        place: its directory or URL.
 
     Raises:
         ConfigError: it is no run directory.
@@ -112,6 +126,10 @@ def config_of_run(place: str, files: Sequence[str] = (), overrides: Sequence[str
     from mocme_dist.training.rundir import RunDirectory
 
     directory = RunDirectory(place)
+    if directory.mirror is not None:
+        directory.mirror.pull(directory.config.name)
+        if not directory.mirror.listing(directory.config.name):
+            directory.config.unlink(missing_ok=True)
     if not directory.config.is_file():
         raise ConfigError(f"{place}: not a run directory: no config.yaml in it; give the run.dir of a training run")
     return resolve_paths(load_config([directory.config, *files], [*overrides, f"run.dir={json.dumps(place)}"]))

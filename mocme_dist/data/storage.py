@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # A file system whose writes are seen half-done; everywhere else an object appears whole.
 _RENAMES = {"file", "local"}
+# Files of one push that are looked up one by one.
+_FEW = 8
 
 
 def is_url(place: str | Path) -> bool:
@@ -122,7 +124,98 @@ class Mirror:
                 came.append(name)
         return came
 
+    def bring(self, name: str, size: int) -> Path:
+        """One file that never changes under its name: fetched unless it is here in its size; where it lies here.
+
+        Raises:
+            StorageError: it is not there, or the storage does not answer.
+        """
+        local = self.path / name
+        with self._locked(f"lock-{hashlib.sha256(name.encode()).hexdigest()[:2]}"):
+            if not local.is_file() or local.stat().st_size != size:
+                with atomic_path(local) as temporary, self._told(f"read: {name}"):
+                    self.files.get_file(f"{self.root}/{name}", str(temporary))
+        return local
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a small remote file as it is now; None where there is none.
+
+        Raises:
+            StorageError: the storage does not answer.
+        """
+        with self._told(f"read: {name}"):
+            self.files.invalidate_cache()
+            try:
+                return bytes(self.files.cat_file(f"{self.root}/{name}"))
+            except FileNotFoundError:
+                return None
+
     # -- from here to there
+
+    def write(self, name: str, content: bytes, new: bool = False) -> bool:
+        """Write a small remote file, whole or not at all.
+
+        Args:
+            new: only where there is none yet, which S3, GCS, Azure and a disk decide for themselves; whoever depends on
+                it reads it back, for a store that does not.
+
+        Returns:
+            False when `new` and there is one.
+
+        Raises:
+            StorageError: the storage does not take it.
+        """
+        target = f"{self.root}/{name}"
+        with self._told(f"written: {name}"):
+            if self._renames:
+                with self._aside(target) as aside:
+                    self.files.pipe_file(aside, content)
+                    if not new:
+                        Path(aside).replace(target)
+                        return True
+                    try:
+                        os.link(aside, target)
+                    except FileExistsError:
+                        return False
+                return True
+            try:
+                self.files.invalidate_cache()
+                self.files.pipe_file(target, content, mode="create" if new else "overwrite")
+            except OSError:
+                # Stores have no common word for "there is one"; a read tells what it was.
+                if not new or self.read(name) is None:
+                    raise
+                return False
+        return True
+
+    def put(self, local: Path, name: str) -> None:
+        """Send a local file; it is there whole or not at all.
+
+        Raises:
+            StorageError: the storage does not take it.
+        """
+        target = f"{self.root}/{name}"
+        with self._told(f"written: {name}"):
+            if not self._renames:
+                self.files.put_file(str(local), target)
+                return
+            with self._aside(target) as aside:
+                self.files.put_file(str(local), aside)
+                Path(aside).replace(target)
+
+    @property
+    def _renames(self) -> bool:
+        return bool(set(_protocols(self.files)) & _RENAMES)
+
+    @contextmanager
+    def _aside(self, target: str) -> Iterator[str]:
+        """A name beside `target` on a disk, gone afterwards."""
+        aside = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
+        self.files.makedirs(aside.rsplit("/", 1)[0], exist_ok=True)
+        try:
+            yield aside
+        finally:
+            Path(aside).unlink(missing_ok=True)
 
     def push(self, names: Iterable[str]) -> None:
         """Send local files in this order; each is there whole or not at all.
@@ -130,22 +223,24 @@ class Mirror:
         Raises:
             StorageError: the storage does not take one; those before it are there.
         """
+        sent = []
         for name in names:
-            target, local = f"{self.root}/{name}", self.path / name
-            with self._told(f"written: {name}"):
-                if set(_protocols(self.files)) & _RENAMES:
-                    aside = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
-                    self.files.makedirs(aside.rsplit("/", 1)[0], exist_ok=True)
-                    self.files.put_file(str(local), aside)
-                    Path(aside).replace(target)
-                else:
-                    self.files.put_file(str(local), target)
-            with self._locked():
-                self.files.invalidate_cache()
-                self._remember(name, self.listing(name).get(name, ""))
+            self.put(self.path / name, name)
+            sent.append(name)
+        if not sent:
+            return
+        # Of many files one listing a folder; of a few each by itself, for a folder may hold a hundred thousand others.
+        folders = {name.rpartition("/")[0] for name in sent} if len(sent) > _FEW else set[str]()
+        found = self.listing(*([f"{folder}/*".lstrip("/") for folder in folders] or sent))
+        with self._locked():
+            for name in sent:
+                self._remember(name, found.get(name, ""))
 
-    def push_tree(self, last: Iterable[str] = (), skip: Iterable[str] = ()) -> None:
+    def push_tree(self, last: Iterable[str] = (), skip: Iterable[str] = (), sent: dict[str, tuple[int, int]] | None = None) -> None:
         """Send every local file, those that match `last` after all others; temporary files and `skip` stay.
+
+        Args:
+            sent: size and time of files by name when they were sent before: such do not go again; brought up to date.
 
         Raises:
             StorageError: see `push`.
@@ -154,11 +249,16 @@ class Mirror:
         names = sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
         names = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out)]
         is_last = {name: any(fnmatch.fnmatchcase(name, pattern) for pattern in last) for name in names}
+        now = {name: (status.st_size, status.st_mtime_ns) for name in names for status in [(self.path / name).stat()]}
+        names = [name for name in names if sent is None or sent.get(name) != now[name]]
         self.push(sorted(names, key=lambda name: (is_last[name], name)))
+        if sent is not None:
+            sent |= {name: now[name] for name in names}
 
     def remove(self, name: str) -> None:
         """Delete a remote file or folder, if it is there."""
         with self._told(f"removed: {name}"):
+            self.files.invalidate_cache()
             if self.files.exists(f"{self.root}/{name}"):
                 self.files.rm(f"{self.root}/{name}", recursive=True)
 
@@ -179,12 +279,12 @@ class Mirror:
         write_json(self._state_path / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json", {"name": name, "version": version})
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, name: str = "lock") -> Iterator[None]:
         """One process of this machine at a time: several ranks ask for the same files at once."""
         folder = self._state_path
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "lock").open("w") as lock:
+            with (folder / name).open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
         except PermissionError as error:

@@ -80,7 +80,7 @@ def save(
     error: StorageError | None = None
     entries: dict[str, Any] = {}
     try:
-        entries = _write_parts(temporary, table, dense if comm.rank == 0 else {}, comm.rank)
+        entries = write_parts(temporary, table, dense if comm.rank == 0 else {}, comm.rank)
     except (OSError, SafetensorError) as cause:
         error = StorageError(f"{directory}: checkpoint of step {step} could not be written: {cause}")
     # StorageError alone: a lost peer must not pass for a full disk, which training survives.
@@ -90,7 +90,7 @@ def save(
         if comm.rank == 0:
             files = {name: entry for part in gathered for name, entry in part.items()}
             try:
-                _commit(temporary, {**_describe(step, table), "files": files, **manifest})
+                _commit(temporary, {**describe(step, table), "files": files, **manifest})
             except (OSError, StorageError) as cause:
                 error = StorageError(f"{directory}: checkpoint of step {step} could not be committed: {cause}")
         comm.raise_together(error)
@@ -107,7 +107,7 @@ def save(
     return directory / step_name(step)
 
 
-def _describe(step: int, table: EntityTable | EngineRows) -> dict[str, Any]:
+def describe(step: int, table: EntityTable | EngineRows) -> dict[str, Any]:
     """Of which table and by which libraries. No state of random numbers: every draw is a function of seed, step and rank."""
     versions = {}
     for name in ("mocme-dist", "torch", "deepspeed", "safetensors"):
@@ -157,7 +157,8 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write_parts(temporary: Path, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
+def write_parts(temporary: Path, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
+    """One rank's files of a checkpoint: its rows, and the dense state where it is given; their manifest entries by name."""
     temporary.mkdir(parents=True, exist_ok=True)
     rows = {"rows": table.rows_rD, **table.state}
     needed = sum(value.numel() * value.element_size() for value in (*rows.values(), *dense.values()))
@@ -267,10 +268,16 @@ def find(directory: Path, resume: str, best: bool = False) -> Saved | None:
             return saved
         valid.append(saved)
     if valid:
-        return max(valid, key=lambda saved: (saved.manifest.get("metric") is not None, saved.manifest.get("metric") or 0.0, saved.step))
+        return max(valid, key=best_of)
     if candidates:
         raise CheckpointError(f"{directory}: no valid checkpoint: {'; '.join(reasons)}; delete them to start anew, or pass --resume none")
     return None
+
+
+def best_of(saved: Saved) -> tuple[bool, float, int]:
+    """What the best checkpoint has the most of: a metric, the metric, steps."""
+    metric = saved.manifest.get("metric")
+    return metric is not None, metric or 0.0, saved.step
 
 
 def agree(directory: Path, resume: str, comm: Comm, best: bool = False) -> Saved | None:
@@ -363,19 +370,26 @@ class Saver:
         if comm.rank == 0:
             sweep(directory)
 
-    def save(self, step: int, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> bool:
-        """Whether it is saved; collective.
+    def save(self, step: int, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> str | None:
+        """Where it is saved, None when it is not; collective.
 
         Raises:
             StorageError: the last `max_failures` attempts all failed.
         """
         try:
-            save(self.directory, step, table, dense, manifest, self.comm, self.keep)
+            place = self.write(step, table, dense, manifest)
         except StorageError as error:
             self.failures += 1
             if self.failures >= self.max_failures:
                 raise
             log.warning("training goes on without this checkpoint (%d of %d failures): %s", self.failures, self.max_failures, error)
-            return False
+            return None
         self.failures = 0
-        return True
+        return place
+
+    def write(self, step: int, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> str:
+        """One attempt; see `save` of this module."""
+        return str(save(self.directory, step, table, dense, manifest, self.comm, self.keep))
+
+    def flush(self) -> None:
+        """Finish what is still to be sent: nothing, for a folder."""

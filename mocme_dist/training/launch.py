@@ -7,6 +7,7 @@ mend it; lost workers are (see `supervise`).
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -21,7 +22,10 @@ from mocme_dist.cluster import connect_ray, count_workers, keep_pages, may_grow
 from mocme_dist.config import Config
 from mocme_dist.config.load import parse_config
 from mocme_dist.data.files import write_json
+from mocme_dist.data.storage import is_url
 from mocme_dist.errors import ConfigError
+from mocme_dist.training.board import Post, open_board
+from mocme_dist.training.lease import Lease
 from mocme_dist.training.pulse import Pulse
 from mocme_dist.training.rundir import RunDirectory
 from mocme_dist.training.stopping import StopRequest
@@ -39,11 +43,12 @@ _RAY_SETTINGS = {
 }
 
 
-def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
+def launch(config: Config, task: str, lease: Lease | None = None, **arguments: Any) -> dict[str, Any]:
     """Run `task` ("train" or "evaluate") on the workers of `config.launch`; its report.
 
     Args:
         config: with absolute paths.
+        lease: of a training at a URL.
         arguments: of the task: split and step for "evaluate".
 
     Raises:
@@ -55,16 +60,25 @@ def launch(config: Config, task: str, **arguments: Any) -> dict[str, Any]:
     if task == "train" and config.run.resume != "auto":
         # Once and here: workers that are restarted go on from their own newest checkpoint.
         if not is_follower(config):
-            from mocme_dist.training import checkpoint
-
-            checkpoint.rewind(directory.checkpoints, config.run.resume)
+            _rewind(directory, lease, config.run.resume)
         config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    if lease is not None:
+        arguments["held"] = lease.held
     stop = StopRequest(directory.stop_file)
     with stop.listening() if task == "train" else nullcontext():
         if config.launch.mode == "local":
             _tune_process(config)
             return _run_task(config, task, arguments)
         return Supervisor(config, task, stop, lambda workers, folder: _fit(config, workers, folder, task, arguments)).run()
+
+
+def _rewind(directory: RunDirectory, lease: Lease | None, resume: str) -> None:
+    from mocme_dist.training import checkpoint, remote
+
+    if directory.mirror is not None and lease is not None:
+        remote.rewind(directory.mirror, lease, resume)
+    else:
+        checkpoint.rewind(directory.checkpoints, resume)
 
 
 def is_follower(config: Config) -> bool:
@@ -77,7 +91,9 @@ def _run_task(config: Config, task: str, arguments: dict[str, Any], pulse: Pulse
 
     if task == "evaluate":
         return run_evaluation(config, **arguments)
-    return run_training(config, hooks=None if pulse is None else Hooks(pulse.beat, _tell_ray))
+    if pulse is None:
+        return run_training(config, **arguments)
+    return run_training(config, stop=pulse.post.stop_asked if pulse.post else None, hooks=Hooks(pulse.beat, _tell_ray), **arguments)
 
 
 def _tune_process(config: Config) -> None:
@@ -120,6 +136,7 @@ def _fit(config: Config, workers: int, folder: Path, task: str, arguments: dict[
         "task": task,
         "arguments": arguments,
         "folder": str(folder),
+        "board": open_board(folder, RunDirectory(config.run.dir).stop_file) if is_url(config.run.dir) else None,
         # The stacks must be there before Ray gives the rank up.
         "stall_s": 0.6 * float(os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"]),
     }
@@ -141,18 +158,18 @@ def _fit(config: Config, workers: int, folder: Path, task: str, arguments: dict[
     ).fit()
 
 
-def _tell_ray(path: Path, manifest: dict[str, Any]) -> None:
-    """Report a checkpoint to Ray Train by a pointer: a file with its path, no second copy of it."""
+def _tell_ray(place: str, manifest: dict[str, Any]) -> None:
+    """Report a checkpoint to Ray Train by a pointer: a file with its path, no second copy of it. One at a URL is only named."""
     from ray.train import Checkpoint, get_context, report
     from ray.train.v2.api.report_config import CheckpointUploadMode
 
     pointer = None
-    if get_context().get_world_rank() == 0:
-        folder = Path(get_context().get_storage().experiment_fs_path) / path.name
-        write_json(folder / "pointer.json", {"checkpoint": str(path)})
+    if get_context().get_world_rank() == 0 and not is_url(place):
+        folder = Path(get_context().get_storage().experiment_fs_path) / Path(place).name
+        write_json(folder / "pointer.json", {"checkpoint": place})
         pointer = Checkpoint.from_directory(str(folder))
     metrics = {key: value for key, value in manifest.items() if key in ("epoch", "metric", "best_mrr")}
-    report({"checkpoint": str(path), **metrics}, checkpoint=pointer, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+    report({"checkpoint": place, **metrics}, checkpoint=pointer, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
 def _ray_worker(payload: dict[str, Any]) -> None:
@@ -168,9 +185,12 @@ def _ray_worker(payload: dict[str, Any]) -> None:
     config = parse_config(payload["config"])
     _tune_process(config)
     rank, world_size, node = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), ray.get_runtime_context().get_node_id()
-    pulse = Pulse(Path(payload["folder"]) / "ranks", rank, world_size, node, payload["stall_s"])
+    folder, post = Path(payload["folder"]), None if payload["board"] is None else Post(payload["board"])
+    if post is not None:  # the launcher's folder may be on another machine
+        folder = RunDirectory(config.run.dir).path / "ray" / folder.name
+    pulse = Pulse(folder / "ranks", rank, world_size, node, payload["stall_s"], post)
     try:
-        _run_and_write(lambda: _run_task(config, payload["task"], payload["arguments"], pulse), Path(payload["folder"]) / OUTCOME, rank)
+        _run_and_write(lambda: _run_task(config, payload["task"], payload["arguments"], pulse), folder / OUTCOME, rank, post)
     except BaseException as error:
         pulse.failed(error)
         raise
@@ -178,13 +198,14 @@ def _ray_worker(payload: dict[str, Any]) -> None:
         pulse.close()
 
 
-def _run_and_write(run: Callable[[], dict[str, Any]], outcome: Path, rank: int) -> None:
+def _run_and_write(run: Callable[[], dict[str, Any]], outcome: Path, rank: int, post: Post | None) -> None:
     """Run, and write what came of it; errors that no retry mends end here, the others reach Ray."""
     try:
-        report = run()
+        result: dict[str, Any] = {"report": run()}
     except FINAL as error:
         # Every rank may write: they all know an error they agreed on, and one file is as good as another.
-        write_json(outcome, {"error": str(error), "kind": type(error).__name__})
-        return
-    if rank == 0:
-        write_json(outcome, {"report": report})
+        result = {"error": str(error), "kind": type(error).__name__}
+    if rank == 0 or "error" in result:
+        write_json(outcome, result)
+        if post is not None:
+            post(OUTCOME, json.dumps(result), wait=True)

@@ -41,7 +41,7 @@ class Lock:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "started": _start_of(os.getpid()),
+            "started": start_of(os.getpid()),
             "token": uuid.uuid4().hex,
             "beats": 0,
         }
@@ -101,7 +101,7 @@ def _owner(text: str | None) -> dict[str, Any]:
         return {}
 
 
-def _start_of(pid: int) -> str | None:
+def start_of(pid: int) -> str | None:
     """When a process of this host began, in ticks since its boot; None when there is no such process."""
     try:
         # The name, in parentheses, may hold spaces; the start is the 22nd field, the 20th after it.
@@ -118,7 +118,7 @@ def _clear_stale(path: Path) -> None:
     pid, host, since = owner.get("pid", 0), owner.get("host", "an unknown host"), owner.get("since", "an unknown time")
     if host == socket.gethostname() and isinstance(pid, int) and pid:
         # A restarted container gives the same number to another process: the start tells them apart.
-        now, started = _start_of(pid), owner.get("started")
+        now, started = start_of(pid), owner.get("started")
         gone = now is None or (started is not None and now != started)
     else:
         log.warning("%s: held by process %s on %s since %s; watching it for %g s", path.parent, pid, host, since, WATCH_S)

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ from mocme_dist.batching.loader import Prefetcher
 from mocme_dist.batching.sampler import key64
 from mocme_dist.config import Config, dump_config
 from mocme_dist.data.files import write_json
-from mocme_dist.errors import CheckpointError, DivergedError, Preempted
+from mocme_dist.errors import CheckpointError, ConfigError, DivergedError, Preempted, StorageError
 from mocme_dist.parallel.comm import communication
-from mocme_dist.training import checkpoint
+from mocme_dist.training import checkpoint, remote
 from mocme_dist.training.checkpoint import Saver
+from mocme_dist.training.lease import Held
 from mocme_dist.training.log import RunLog, duration
 from mocme_dist.training.monitor import Monitor
 from mocme_dist.training.profiler import StepProfiler
@@ -41,30 +41,40 @@ class Hooks:
 
     Attributes:
         beat: before each step, with its number.
-        saved: after each checkpoint, with its path and manifest fields; collective if it likes.
+        saved: after each checkpoint, with its path or address and manifest fields; collective if it likes.
     """
 
     beat: Callable[[int], None] = lambda step: None
-    saved: Callable[[Path, dict[str, Any]], None] = lambda path, manifest: None
+    saved: Callable[[str, dict[str, Any]], None] = lambda place, manifest: None
 
 
-def run_training(config: Config, stop: Stop | None = None, hooks: Hooks | None = None) -> dict[str, Any]:
+def run_training(config: Config, stop: Stop | None = None, hooks: Hooks | None = None, held: Held | None = None) -> dict[str, Any]:
     """Train and then evaluate the best checkpoint on test; the report, the same on every rank.
 
     Args:
         config: with absolute paths.
         stop: asked once a step; True saves a checkpoint and raises Preempted.
         hooks: of the launcher.
+        held: the lease, of a run at a URL; rank 0's counts.
 
     Raises:
         Preempted, DivergedError, CheckpointError, DataError, StorageError: see `errors`.
     """
     directory = RunDirectory(config.run.dir)
     with communication(config.launch.timeout_s) as comm:
+        held = comm.broadcast(held)
         worker = Worker(config, open_dataset(config), comm)
-        run = Training(config, worker, directory, stop or directory.stop_file.exists, hooks)
-        run.train()
-        return run.finish()
+        run = Training(config, worker, directory, stop or directory.stop_file.exists, hooks, held)
+        try:
+            run.train()
+            report = run.finish()
+        except BaseException:
+            if comm.rank == 0:
+                directory.try_to_send(held)
+            raise
+        if comm.rank == 0:
+            directory.send(held)
+        return report
 
 
 def run_evaluation(config: Config, split: str, step: str) -> dict[str, Any]:
@@ -76,14 +86,21 @@ def run_evaluation(config: Config, split: str, step: str) -> dict[str, Any]:
     directory = RunDirectory(config.run.dir)
     with communication(config.launch.timeout_s) as comm:
         worker = Worker(config, open_dataset(config), comm)
-        saved = checkpoint.agree(directory.checkpoints, step, comm, best=True)
+        saved = find(directory, step, worker, best=True)
         if saved is None:
-            raise CheckpointError(f"{directory.checkpoints}: no checkpoint; train first")
+            raise CheckpointError(f"{directory.place}: no checkpoint; train first")
         restore(worker, saved)
         report = worker.evaluate(split, show=True) | {"step": saved.step}
-        if comm.rank == 0:
+        if comm.rank == 0 and directory.mirror is None:  # who reads a run at a URL leaves nothing there
             write_json(directory.metrics, report)
         return report
+
+
+def find(directory: RunDirectory, resume: str, worker: Worker, best: bool = False) -> checkpoint.Saved | None:
+    """The checkpoint to load, verified, with this rank's part of it on this machine; collective. See `checkpoint.find`."""
+    if directory.mirror is None:
+        return checkpoint.agree(directory.checkpoints, resume, worker.comm, best)
+    return remote.agree(directory.mirror, resume, (worker.first, worker.last), worker.comm, best)
 
 
 def restore(worker: Worker, saved: checkpoint.Saved) -> None:
@@ -100,23 +117,48 @@ def restore(worker: Worker, saved: checkpoint.Saved) -> None:
 class Training:
     """The state of a run beside the worker's: where it stands, the best so far, when to stop."""
 
-    def __init__(self, config: Config, worker: Worker, directory: RunDirectory, stop: Stop, hooks: Hooks | None = None) -> None:
+    def __init__(
+        self, config: Config, worker: Worker, directory: RunDirectory, stop: Stop, hooks: Hooks | None = None, held: Held | None = None
+    ) -> None:
         self.config, self.worker, self.comm, self.directory, self.stop = config, worker, worker.comm, directory, stop
-        self.hooks = hooks or Hooks()
-        self.saver = Saver(directory.checkpoints, config.train.num_to_keep, self.comm)
+        self.hooks, self.held = hooks or Hooks(), held
+        self.saver = self._make_saver()
         self.steps_per_epoch = worker.maker.sampler.steps_per_epoch
         self.last_step = config.train.epochs * self.steps_per_epoch
         self.best_mrr, self.bad_evaluations, self.nonfinite = -math.inf, 0, 0
         self.step = self._resume()
         self.saved_step = self.step
+        self._fetch()
         if self.comm.rank == 0:
             directory.write_config(config)  # now that the checkpoint has accepted these settings
         self.log = RunLog(directory.curve, directory.tensorboard, self.comm.rank == 0, self.step)
         self.monitor = Monitor(worker, self.log, config, self.last_step, self.step)
         self.profiler = StepProfiler(directory.path / "profile", config.run.profile, self.comm.rank, worker.timer)
 
+    def _make_saver(self) -> Saver:
+        mirror, keep = self.directory.mirror, self.config.train.num_to_keep
+        if mirror is None:
+            return Saver(self.directory.checkpoints, keep, self.comm)
+        if self.held is None:
+            raise ConfigError(f"run.dir: {mirror.url}: a run at a URL is started by mocme_dist.train, which takes its lease")
+        return remote.RemoteSaver(mirror, keep, self.comm, self.held, self._send_curve)
+
+    def _send_curve(self) -> None:
+        self.directory.send(self.held, self.directory.curve.name)
+
+    def _fetch(self) -> None:
+        """Rank 0 may run on another machine than before: it goes on with the curve that is at the URL."""
+        error: StorageError | None = None
+        try:
+            if self.comm.rank == 0:
+                self.directory.fetch()
+        except StorageError as cause:
+            error = cause
+        if self.directory.mirror is not None:
+            self.comm.raise_together(error)
+
     def _resume(self) -> int:
-        saved = checkpoint.agree(self.directory.checkpoints, self.config.run.resume, self.comm)
+        saved = find(self.directory, self.config.run.resume, self.worker)
         if saved is None:
             return 0
         restore(self.worker, saved)
@@ -185,6 +227,7 @@ class Training:
         if stop or improved or at_end or given_up or due or (within == 0 and epoch % train.checkpoint_every == 0):
             self._save(metric)
         if stop and not at_end:
+            self.saver.flush()
             raise Preempted(f"stopped at step {self.step} of {self.last_step}; checkpoint saved; run the same command to go on")
 
     def _evaluate(self, epoch: int) -> float:
@@ -207,17 +250,21 @@ class Training:
             "world_size": self.comm.world_size,
         }
         with self.worker.timer.phase("checkpoint"):
-            if self.saver.save(self.step, self.worker.table, self.worker.engine.state(), manifest):
+            place = self.saver.save(self.step, self.worker.table, self.worker.engine.state(), manifest)
+            if place is not None:
                 self.saved_step = self.step
-                self.hooks.saved(self.directory.checkpoints / checkpoint.step_name(self.step), manifest)
+                self.hooks.saved(place, manifest)
         if self.comm.rank == 0:
             self.directory.status(
                 "running", step=self.step, last_step=self.last_step, last_checkpoint=checkpoint.step_name(self.saved_step), pid=os.getpid()
             )
+            self.log.flush()
+            self.directory.try_to_send(self.held)
 
     def finish(self) -> dict[str, Any]:
         """Load the best checkpoint by valid MRR, rank test once, write the report; collective."""
-        saved = checkpoint.agree(self.directory.checkpoints, "auto", self.comm, best=True)
+        self.saver.flush()
+        saved = find(self.directory, "auto", self.worker, best=True)
         if saved is not None and saved.step != self.step:
             restore(self.worker, saved)
         step = self.step if saved is None else saved.step

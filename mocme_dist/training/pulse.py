@@ -20,6 +20,8 @@ import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mocme_dist.training.board import Post
+
 INTERVAL_S = 1.0
 
 
@@ -43,15 +45,17 @@ class Sign:
 class Pulse:
     """One rank's own file, `RANK.json`, and its stacks, `RANK.stacks`; files of an earlier attempt are replaced."""
 
-    def __init__(self, folder: Path, rank: int, world_size: int, node: str, stall_s: float) -> None:
+    def __init__(self, folder: Path, rank: int, world_size: int, node: str, stall_s: float, post: Post | None = None) -> None:
         """Say hello.
 
         Args:
             folder: the attempt's, shared by all ranks.
             node: Ray's id of the node.
             stall_s: without a step for so long the stacks are written.
+            post: tells the launcher the same, where it does not see the folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        self.post = post
         self._path, self._stall_s = folder / f"{rank:05d}.json", stall_s
         self._sign = Sign(rank, world_size, os.getpid(), socket.gethostname(), node)
         self._stacks = (folder / f"{rank:05d}.stacks").open("w")
@@ -71,19 +75,21 @@ class Pulse:
         """Ended by an error of its own or by the loss of another rank."""
         trace = "".join(traceback.format_exception(error))
         self._sign = replace(self._sign, error=f"{type(error).__name__}: {error}", trace=trace)
-        self._write()
+        self._write(last=True)
 
     def close(self) -> None:
         """End the watchdog."""
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
 
-    def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
+    def _write(self, last: bool = False) -> None:
+        temporary, text = self._path.with_suffix(".tmp"), json.dumps(asdict(self._sign))
         # A full disk must not end the training; the launcher then only knows less.
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(asdict(self._sign)))
+            temporary.write_text(text)
             temporary.replace(self._path)
+        if self.post is not None:
+            self.post(f"ranks/{self._path.name}", text, wait=last)
 
 
 def read_signs(folder: Path) -> list[Sign]:

@@ -25,6 +25,7 @@ from mocme_dist.errors import (
     ConfigError,
     DataError,
     DivergedError,
+    LockedError,
     MocmeError,
     Preempted,
     RankError,
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 # Between two looks at a cluster that is too small.
 LOOK_S = 0.5
 # Errors that another attempt would meet again.
-FINAL = (ConfigError, DataError, CheckpointError, DivergedError, StorageError, Preempted)
+FINAL = (ConfigError, DataError, CheckpointError, DivergedError, LockedError, StorageError, Preempted)
 _KINDS = {kind.__name__: kind for kind in (*FINAL, RankError, MocmeError)}
 # What Ray says when workers could not be placed or died before they began: the cluster was not what it seemed.
 _UNPLACED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
@@ -101,14 +102,17 @@ class Supervisor:
             now = time.monotonic()
             overdue = now - (self.unplaced_since or begun) >= self.launch.wait_s
             if self.stop.by_user:
-                raise Preempted(f"stopped while no workers ran; last checkpoint: {self._last_checkpoint()}; run the same command to go on")
+                raise Preempted(
+                    f"stopped while no workers ran; last checkpoint: {self.directory.last_checkpoint()}; run the same command to go on"
+                )
             if have >= low and not (overdue and self.unplaced_since):
                 return min(have, high)
             if overdue:
                 where = " free, where they did not start" if self.unplaced_since else ""
                 raise RankError(
-                    f"needs {low} workers, cluster has {have}{where}; waited {self.launch.wait_s:g} s for it to grow (launch.wait_s); "
-                    f"last checkpoint: {self._last_checkpoint()}; run the same command when there are more nodes, or lower launch.workers"
+                    f"needs {low} workers, cluster has {have}{where}; waited {self.launch.wait_s:g} s for it to grow "
+                    f"(launch.wait_s); last checkpoint: {self.directory.last_checkpoint()}; "
+                    "run the same command when there are more nodes, or lower launch.workers"
                 )
             if now - said >= 10:
                 said = now
@@ -141,7 +145,7 @@ class Supervisor:
             now = time.monotonic()
             if self.stop.asked_at is not None and now - self.stop.asked_at > self.launch.grace_s:
                 raise Preempted(
-                    f"did not stop within {self.launch.grace_s:g} s (launch.grace_s); last checkpoint: {self._last_checkpoint()}; "
+                    f"did not stop within {self.launch.grace_s:g} s (launch.grace_s); last checkpoint: {self.directory.last_checkpoint()}; "
                     "run the same command to go on from there"
                 )
             if now - looked < 1:
@@ -174,11 +178,6 @@ class Supervisor:
             log.warning("stacks of the ranks: %s", ", ".join(str(path) for path in sorted((folder / "ranks").glob("*.stacks"))))
         if failure.trace:
             log.warning("%s", failure.trace.rstrip())
-        last = self._last_checkpoint()
+        last = self.directory.last_checkpoint()
         self.restarts.add(failure, last)
         log.warning("%s; restart %d of %d from %s", failure.text, self.restarts.count, self.launch.max_failures, last)
-
-    def _last_checkpoint(self) -> str:
-        """Path of the newest one, unverified: the ranks verify when they load."""
-        names = sorted(path.name for path in self.directory.checkpoints.glob("step_*"))
-        return str(self.directory.checkpoints / names[-1]) if names else "none yet"

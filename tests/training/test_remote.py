@@ -1,0 +1,417 @@
+"""Runs at URLs: what another machine goes on from, who may write, and what failing stores and kills leave behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from tiny_run import losses, tiny_config
+
+from mocme_dist import evaluate, export
+from mocme_dist.data.storage import Mirror
+from mocme_dist.errors import CheckpointError, ConfigError, LockedError, Preempted, StorageError
+from mocme_dist.train import config_of_run, train
+from mocme_dist.training import lease as leases
+from mocme_dist.training import remote
+from mocme_dist.training.loop import run_training
+from mocme_dist.training.rundir import RunDirectory
+
+LINES = ("modalities=[structure]", "fusion.estimator=uniform", "train.log_every=1", "train.projector=0")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOCME_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(leases, "SETTLE_S", 0.0)
+    monkeypatch.setattr(remote, "RETRY_S", (0.0, 0.0))
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request, tmp_path):
+    yield f"file://{tmp_path}/bucket/run" if request.param == "file" else f"memory://{tmp_path.name}/run"
+    if request.param == "memory":
+        fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """`machine(name)`: from now on this is another machine, with a cache of its own."""
+    return lambda name: monkeypatch.setenv("MOCME_CACHE", str(tmp_path / f"cache-{name}"))
+
+
+def contents(url: str) -> dict[str, str]:
+    files, root = fsspec.core.url_to_fs(url)
+    files.invalidate_cache()
+    return {name.removeprefix(root).lstrip("/"): hashlib.sha256(files.cat_file(name)).hexdigest() for name in files.find(root)}
+
+
+def steps(url: str) -> list[int]:
+    """Of the checkpoints that count."""
+    return sorted(saved.step for saved in remote.shown(Mirror(url)))
+
+
+def remote_losses(url: str, tmp_path: Path) -> dict[int, float]:
+    files, root = fsspec.core.url_to_fs(url)
+    (tmp_path / "fetched").mkdir(exist_ok=True)
+    files.get_file(f"{root}/metrics.jsonl", str(tmp_path / "fetched" / "metrics.jsonl"))
+    return losses(tmp_path / "fetched")
+
+
+def test_another_machine_goes_on_and_the_curve_does_not_show_it(url, machine, tiny_dataset, tmp_path):
+    whole = train(tiny_config(tiny_dataset, tmp_path / "here", *LINES))
+    machine("a")
+    train(tiny_config(tiny_dataset, url, *LINES, "train.epochs=2"))
+    machine("b")
+    report = train(tiny_config(tiny_dataset, url, *LINES))
+    assert {key: report[key] for key in ("mrr", "step")} == {key: whole[key] for key in ("mrr", "step")}
+    assert remote_losses(url, tmp_path) == losses(tmp_path / "here")
+    there = contents(url)
+    assert {"config.yaml", "metrics.json", "metrics.jsonl", "run_status.json"} <= there.keys()
+    assert any(name.startswith("tensorboard/") for name in there)
+    assert not [name for name in there if name.split("/")[0] in ("lock", "stop", "unsent", "ray", "dataset")]
+    assert steps(url) == [int(p.name[5:]) for p in sorted((tmp_path / "here" / "checkpoints").iterdir())]
+    assert json.loads(Mirror(url).read("run_status.json"))["state"] == "done"
+
+
+def run_with(comm: Any, dataset: Path, url: str, caches: list[str], overrides: tuple[str, ...], kill: str | None = None) -> dict[str, Any]:
+    """Body of one rank: a training whose ranks have a cache each; `kill` names the write before which rank 0 is killed."""
+    os.environ["MOCME_CACHE"] = caches[comm.rank]
+    leases.SETTLE_S, remote.RETRY_S = 0.0, (0.0,)
+    if kill and comm.rank == 0:
+        _kill_before(*kill.split(" "))
+    config = tiny_config(dataset, url, *LINES, *overrides)
+    if comm.rank:
+        return run_training(config)
+    with RunDirectory(url).lock() as lease:
+        assert lease is not None
+        remote.inherit(Mirror(url), lease, lambda: None)
+        return run_training(config, held=lease.held)
+
+
+def _kill_before(what: str, pattern: str, count: str) -> None:
+    """Die at the so-manyth call of a Mirror method whose name argument has the pattern in it."""
+    original, left = getattr(Mirror, what), [int(count)]
+
+    def method(self: Mirror, *args: Any, **kwargs: Any) -> Any:
+        if any(pattern in str(arg) for arg in args):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    setattr(Mirror, what, method)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], float, dict[str, str]]:
+    """Curve, test MRR and last tensors of a run on a disk, of five epochs."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    report = train(tiny_config(tiny_dataset, path, *LINES, "train.epochs=5"))
+    last = max((path / "checkpoints").iterdir())
+    return losses(path), report["mrr"], {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in last.glob("*.safetensors")}
+
+
+# Checkpoints are of the steps 9, 18, 27, ...; two stay and the best. Each is sent as rows, dense, curve, manifest.
+KILLS = {
+    "first-part": ("put rows- 1", []),
+    "between-parts": ("put dense 3", [9, 18]),
+    "before-the-curve": ("put metrics.jsonl 5", [9, 18]),
+    "before-the-manifest": ("put /MANIFEST.json 3", [9, 18]),
+    "in-the-purge": ("remove /MANIFEST.json 1", [9, 18, 27]),
+    "in-the-purge-after-a-manifest": ("remove step_0000000009 2", [18, 27]),
+    "after-the-purge": ("put run_status.json 3", [18, 27]),
+}
+
+
+@pytest.mark.parametrize("kill, left", KILLS.values(), ids=KILLS)
+def test_a_kill_between_two_writes_loses_no_checkpoint(run_ranks, tiny_dataset, undisturbed, machine, tmp_path, kill, left):
+    url = f"file://{tmp_path}/bucket/run"
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(1, run_with, tiny_dataset, url, [str(tmp_path / "cache-a")], ("train.epochs=5",), kill)
+    machine("b")
+    assert steps(url) == left
+    config = tiny_config(tiny_dataset, url, *LINES, "train.epochs=5")
+    report = train(config)
+    curve, mrr, hashes = undisturbed
+    assert (remote_losses(url, tmp_path), report["mrr"]) == (curve, mrr)
+    last = remote.shown(Mirror(url))[0]
+    assert {name: entry["sha256"] for name, entry in last.manifest["files"].items()} == hashes
+    orphans = {name.split("/")[1] for name in contents(url) if name.startswith("checkpoints/")} - {
+        s.path.name for s in remote.shown(Mirror(url))
+    }
+    assert not orphans
+
+
+def test_ranks_on_machines_of_their_own_write_one_checkpoint_and_each_fetches_its_part(run_ranks, tiny_dataset, undisturbed, tmp_path):
+    url, caches = f"file://{tmp_path}/bucket/run", [str(tmp_path / f"cache-{name}") for name in "abcde"]
+    run_ranks(2, run_with, tiny_dataset, url, caches[:2], ("train.epochs=3",))
+    for cache, files in zip(caches, ({"rows-00000", "dense", "MANIFEST"}, {"rows-00001", "MANIFEST", "dense"}), strict=False):
+        kept = {path.name.split(".")[0] for path in Path(cache).rglob("checkpoints/step_*/*")}
+        assert kept == files  # the second fetched the dense part, which it had not written, for the report
+    # Now on three machines, none of which has seen the run.
+    reports = run_ranks(3, run_with, tiny_dataset, url, caches[2:], ("train.epochs=5",))
+    curve, mrr, _ = undisturbed
+    assert remote_losses(url, tmp_path) == pytest.approx(curve, rel=1e-4)
+    assert [report["mrr"] for report in reports] == pytest.approx([mrr] * 3, abs=1e-3)
+    resumed = [{path.name for path in Path(cache).rglob("checkpoints/step_0000000027-1-*/rows-*")} for cache in caches[2:]]
+    assert resumed == [set()] * 3 or [len(names) for names in resumed] == [1, 2, 1]
+
+
+def test_a_living_run_is_not_disturbed_and_a_silent_one_is_taken_over(url, monkeypatch, machine, tiny_dataset, caplog):
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    monkeypatch.setattr(leases, "WATCH_S", 1.0)
+    machine("a")
+    with RunDirectory(url).lock() as lease:
+        assert lease is not None
+        machine("b")
+        with pytest.raises(
+            LockedError, match=rf"a run of process {os.getpid()} on {socket.gethostname()} since 20\d\d-.* is going on"
+        ) as error:
+            train(tiny_config(tiny_dataset, url, *LINES))
+        assert error.value.exit_code == 6
+        # Its machine loses the network, and comes back after another one has gone on.
+        monkeypatch.setattr(lease, "_mine", {**lease._mine, "host": "elsewhere"})
+        time.sleep(0.2)
+        lease._over.set()
+        lease._thread.join()
+        with RunDirectory(url).lock() as second:
+            assert second is not None and second.held.number == lease.held.number + 1
+            assert "on elsewhere since" in caplog.text and "is taken over" in caplog.text
+            with pytest.raises(LockedError, match="commits nothing there any more"):
+                lease.held.check(Mirror(url))
+            second.held.check(Mirror(url))
+    with RunDirectory(url).lock() as third:  # at once: the second has let go
+        assert third is not None and third.held.number == 3
+    assert len(Mirror(url).listing("lease/*")) == 1
+
+
+def test_a_holder_that_wakes_up_late_stops_its_process(url, monkeypatch):
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    signals: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    try:
+        with RunDirectory(url).lock():
+            Mirror(url).write("lease/0000000002.json", b"{}", new=True)
+            deadline = time.monotonic() + 10
+            while not signals and time.monotonic() < deadline:
+                time.sleep(0.02)
+        assert signals == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert Mirror(url).read("lease/0000000002.json") == b"{}"
+
+
+def test_an_object_is_made_once(url):
+    assert Mirror(url).write("lease/1", b"mine", new=True)
+    assert not Mirror(url).write("lease/1", b"theirs", new=True)
+    assert Mirror(url).read("lease/1") == b"mine" and Mirror(url).read("lease/2") is None
+    assert Mirror(url).write("lease/1", b"again") and Mirror(url).read("lease/1") == b"again"
+    assert list(Mirror(url).listing()) == ["lease/1"]
+
+
+def test_what_a_run_commits_after_it_was_taken_over_neither_counts_nor_harms(
+    url, machine, tiny_dataset, undisturbed, monkeypatch, tmp_path
+):
+    machine("a")
+    config, successors = tiny_config(tiny_dataset, url, *LINES, "train.epochs=5"), []
+    check, looks = leases.Held.check, []
+
+    def overtaken(self, mirror):
+        """A look at the lease, after which another machine takes over: before the manifest of step 18."""
+        check(self, mirror)
+        looks.append(any(name.startswith("checkpoints/step_0000000018-1-") for name in mirror.listing()))
+        if sum(looks) == 2:  # the first is for the curve
+            monkeypatch.setattr(leases.Held, "check", check)
+            mirror.write("lease/0000000001.json", json.dumps({"ended": True}).encode())
+            machine("b")
+            successors.append(RunDirectory(url).lock())
+            remote.inherit(Mirror(url), successors[0].__enter__(), lambda: None)
+            machine("a")
+
+    monkeypatch.setattr(leases.Held, "check", overtaken)
+    with pytest.raises(LockedError, match=r"taken over by process \d+ on") as error:
+        train(config)
+    assert error.value.exit_code == 6 and str(tmp_path / "cache-a") in str(error.value)
+    successors[0].__exit__(None, None, None)
+    late = {name for name in contents(url) if name.startswith("checkpoints/step_0000000018-1-")}
+    assert {name.split("/")[2] for name in late} == {"MANIFEST.json", "rows-00000.safetensors", "dense.safetensors"}
+    assert steps(url) == [9] and evaluate_there(url)["step"] == 9
+    machine("b")
+    assert train(config)["mrr"] == undisturbed[1]
+    assert remote_losses(url, tmp_path) == undisturbed[0] and late <= contents(url).keys()
+
+
+def evaluate_there(url: str, *overrides: str) -> dict[str, Any]:
+    from mocme_dist.training.loop import run_evaluation
+
+    return run_evaluation(config_of_run(url, overrides=["launch.mode=local", *overrides]), "test", "auto")
+
+
+def test_who_reads_leaves_everything_as_it_is(url, machine, tiny_dataset, monkeypatch, capsys, tmp_path):
+    machine("a")
+    report = train(tiny_config(tiny_dataset, url, *LINES))
+    with RunDirectory(url).lock():  # the next run of it is being prepared
+        before = contents(url)
+        machine("b")
+        assert evaluate_there(url)["mrr"] == report["mrr"]
+        monkeypatch.setattr("sys.argv", ["evaluate", url, "--step", "18", "--set", "launch.mode=local"])
+        evaluate.main()
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 18
+        monkeypatch.setattr("sys.argv", ["export", url, str(tmp_path / "bundle")])
+        export.main()
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_entities"] == 60
+        assert contents(url) == before
+    with pytest.raises(CheckpointError, match="no checkpoint of step 8; it has 27, 18"):
+        monkeypatch.setattr("sys.argv", ["evaluate", url, "--step", "8", "--set", "launch.mode=local"])
+        evaluate.main()
+
+
+def break_store(monkeypatch: pytest.MonkeyPatch, first: int, last: float) -> list[str]:
+    """From now on the sending of checkpoints' files fails from the `first` to before the `last` time."""
+    calls: list[str] = []
+    put = Mirror.put
+
+    def failing(self: Mirror, local: Path, name: str) -> None:
+        if name.startswith("checkpoints/"):
+            calls.append(name)
+            if first <= len(calls) < last:
+                raise StorageError(f"{self.url}: no answer")
+        put(self, local, name)
+
+    monkeypatch.setattr(Mirror, "put", failing)
+    return calls
+
+
+def test_a_store_that_fails_for_a_while_costs_warnings(url, tiny_dataset, undisturbed, monkeypatch, caplog, tmp_path):
+    break_store(monkeypatch, 4, 9)  # the whole second checkpoint, and what follows
+    report = train(tiny_config(tiny_dataset, url, *LINES, "train.epochs=5"))
+    assert "is saved here and not there yet" in caplog.text
+    assert (remote_losses(url, tmp_path), report["mrr"]) == undisturbed[:2]
+    assert len(steps(url)) >= 2 and not list((Mirror(url).path / "unsent").iterdir())
+
+
+def test_a_store_that_fails_to_the_end_costs_an_error_and_the_same_command_sends_all(
+    url, machine, tiny_dataset, undisturbed, monkeypatch, tmp_path
+):
+    machine("a")
+    config = tiny_config(tiny_dataset, url, *LINES, "train.epochs=5")
+    with monkeypatch.context() as patch:
+        break_store(patch, 4, float("inf"))
+        with pytest.raises(
+            StorageError, match=r"does not take checkpoint step_0000000045-1-.*; it lies in .*cache-a/.*/unsent; run the same"
+        ) as error:
+            train(config)
+    assert error.value.exit_code == 7 and steps(url) == [9]
+    assert json.loads(Mirror(url).read("run_status.json"))["state"] == "failed"
+    shutil.copytree(tmp_path / "bucket", tmp_path / "before") if url.startswith("file") else None
+    report = train(config)
+    assert report["step"] in steps(url) and 45 in steps(url)
+    assert (remote_losses(url, tmp_path), report["mrr"]) == undisturbed[:2]
+    assert not list((Mirror(url).path / "unsent").iterdir())
+    if url.startswith("file"):
+        # The same again, but another machine went on first: what was not sent stays where it is.
+        shutil.rmtree(tmp_path / "bucket")
+        (tmp_path / "before").rename(tmp_path / "bucket")
+        machine("b")
+        assert train(config)["mrr"] == undisturbed[1]
+
+
+def test_unsent_checkpoints_stay_where_another_machine_went_on(machine, tiny_dataset, undisturbed, monkeypatch, caplog, tmp_path):
+    url = f"file://{tmp_path}/bucket/run"
+    machine("a")
+    config = tiny_config(tiny_dataset, url, *LINES, "train.epochs=5")
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        break_store(patch, 4, float("inf"))
+        train(config)
+    machine("b")
+    assert train(config)["mrr"] == undisturbed[1]
+    before = contents(url)
+    machine("a")
+    waiting = sorted((Mirror(url).path / "unsent").iterdir())
+    assert train(config)["mrr"] == undisturbed[1]
+    assert "another run has gone on from an earlier one meanwhile" in caplog.text
+    assert waiting == sorted((Mirror(url).path / "unsent").iterdir()) != []
+    same = lambda found: {name: digest for name, digest in found.items() if name.startswith("checkpoints/")}  # noqa: E731
+    assert same(contents(url)) == same(before)
+
+
+def test_going_back_sets_later_checkpoints_aside_and_deletes_none(url, machine, tiny_dataset, undisturbed, tmp_path):
+    machine("a")
+    train(tiny_config(tiny_dataset, url, *LINES, "train.num_to_keep=9"))
+    assert steps(url) == [9, 18, 27]
+    machine("b")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 10"):
+        train(tiny_config(tiny_dataset, url, *LINES, "run.resume='10'"))
+    assert steps(url) == [9, 18, 27]
+    old = {name for name in contents(url) if "-1-" in name}
+    report = train(tiny_config(tiny_dataset, url, *LINES, "train.num_to_keep=9", "train.epochs=5", "run.resume='9'"))
+    assert steps(url) == [9, 18, 27, 36, 45] and report["mrr"] == undisturbed[1]
+    assert old <= contents(url).keys()
+    train(tiny_config(tiny_dataset, url, *LINES, "train.num_to_keep=9", "train.epochs=1", "run.resume=none"))
+    assert steps(url) == [9] and list(remote_losses(url, tmp_path)) == list(range(1, 10))
+    assert old <= contents(url).keys()
+
+
+@pytest.mark.parametrize("damage", [b"cut", None])
+def test_a_checkpoint_that_is_damaged_there_has_the_one_before_it_as_stand_in(
+    url, machine, tiny_dataset, undisturbed, caplog, tmp_path, damage
+):
+    machine("a")
+    train(tiny_config(tiny_dataset, url, *LINES))
+    files, root = fsspec.core.url_to_fs(url)
+    (name,) = files.glob(f"{root}/checkpoints/step_0000000027-*/rows-00000.safetensors")
+    content = files.cat_file(name)
+    files.pipe_file(name, damage or content[:-1] + bytes([content[-1] ^ 1]))
+    machine("b")
+    assert train(tiny_config(tiny_dataset, url, *LINES, "train.epochs=5"))["mrr"] == undisturbed[1]
+    assert "step_0000000027" in caplog.text and "is left out" in caplog.text and remote_losses(url, tmp_path) == undisturbed[0]
+
+
+def test_a_stopped_run_is_there_before_its_command_ends(url, machine, tiny_dataset, undisturbed, tmp_path):
+    machine("a")
+    config = tiny_config(tiny_dataset, url, *LINES, "train.epochs=5")
+    asked = iter(range(1, 100))
+    with RunDirectory(url).lock() as lease, pytest.raises(Preempted, match="stopped at step 5"):
+        assert lease is not None
+        run_training(config, lambda: next(asked) >= 5, held=lease.held)
+    assert steps(url) == [5]
+    machine("b")
+    assert train(config)["mrr"] == undisturbed[1] and remote_losses(url, tmp_path) == undisturbed[0]
+
+
+def test_other_folders_are_refused_and_what_was_deleted_there_does_not_come_back(url, tiny_dataset, undisturbed, tmp_path):
+    files, root = fsspec.core.url_to_fs(url)
+    Mirror(url).write("theirs.txt", b"x")
+    config = tiny_config(tiny_dataset, url, *LINES, "train.epochs=5")
+    with pytest.raises(ConfigError, match="not empty and not a run directory"):
+        train(config)
+    assert list(contents(url)) == ["theirs.txt"]
+    files.rm(root, recursive=True)
+    train(tiny_config(tiny_dataset, url, *LINES))
+    before = {name for name in contents(url) if "tfevents" in name}
+    files.rm(root, recursive=True)
+    train(config)
+    assert remote_losses(url, tmp_path) == undisturbed[0]
+    assert before and not before & contents(url).keys()
+
+
+def test_a_run_directory_that_was_copied_there_goes_on(url, tiny_dataset, undisturbed, tmp_path):
+    train(tiny_config(tiny_dataset, tmp_path / "run", *LINES))
+    files, root = fsspec.core.url_to_fs(url)
+    files.put(str(tmp_path / "run"), root, recursive=True)
+    assert train(tiny_config(tiny_dataset, url, *LINES, "train.epochs=5"))["mrr"] == undisturbed[1]
+    assert remote_losses(url, tmp_path) == undisturbed[0]
+
+
+def test_a_worker_that_has_no_lease_does_not_train(url, tiny_dataset):
+    with pytest.raises(ConfigError, match="which takes its lease"):
+        run_training(tiny_config(tiny_dataset, url, *LINES))
