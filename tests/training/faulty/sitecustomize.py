@@ -13,7 +13,7 @@ if slow := float(os.environ.get("MOCME_TEST_SLOW_SYNC", "0")):
     _fsync = os.fsync
 
     def fsync(handle):
-        if "/checkpoints" in os.readlink(f"/proc/self/fd/{handle}"):
+        if {"checkpoints", "unsent"} & set(os.readlink(f"/proc/self/fd/{handle}").split("/")):
             time.sleep(slow)
         _fsync(handle)
 
