@@ -302,7 +302,9 @@ class LaunchConfig(Section):
 class RunConfig(Section):
     """The run directory."""
 
-    dir: str = Field("runs/default", description="Where config.yaml, metrics, checkpoints and TensorBoard events go.")
+    dir: str = Field(
+        "runs/default", description="Where config.yaml, metrics, checkpoints and TensorBoard events go: a path or an fsspec URL."
+    )
     resume: str = Field(
         "auto", pattern=r"^(auto|none|\d+)$", description="auto: from the newest valid checkpoint; STEP: from that one; none: start anew."
     )
