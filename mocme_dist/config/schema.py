@@ -208,6 +208,11 @@ class TrainConfig(Section):
     epochs: int = Field(1000, ge=1, description="Passes over all queries: each triple is two queries (paper: 1000).")
     batch_size: int = Field(1024, ge=1, description="Queries per step, over all ranks (paper: 1024).")
     learning_rate: float = Field(1e-3, gt=0, description="Of the dense parameters.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Of what products of projections and experts multiply in training; sums, parameters, distances and evaluation stay "
+        "float32. bfloat16 is fast where the hardware has it (GPUs, CPUs with AMX or AVX512-BF16) and slow on other CPUs.",
+    )
     structure_dropout: float = Field(
         0.0,
         ge=0,
@@ -342,6 +347,10 @@ class Config(Section):
             raise ValueError("modalities is empty; expected at least one of " + ", ".join(MODALITIES))
         if self.experts.kind == "identity" and self.experts.num_experts != 1:
             raise ValueError(f"experts.num_experts is {self.experts.num_experts}, but views of kind identity would be equal; set it to 1")
+        if self.deepspeed.bf16 and "bfloat16" in (self.train.precision, self.mine.precision):
+            raise ValueError(
+                "deepspeed.bf16 makes parameters bfloat16, train.precision and mine.precision keep them float32; set one or the other"
+            )
         if self.train.batch_size % self.negatives.chunk_size:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} is not a multiple of negatives.chunk_size {self.negatives.chunk_size}; "

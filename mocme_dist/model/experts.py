@@ -23,6 +23,7 @@ class Experts(nn.Module):
     The K first layers of a modality read the same input, so they are one (D, K D) product per modality; the second
     layers are M K products of (D, D). `residual` adds the input to each view. With `recompute` backward computes the
     hidden layers again instead of keeping them, dropout drawn alike: M K U D numbers less, a third more products.
+    In training, products multiply numbers of `precision`; sums, parameters and views stay float32.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Experts(nn.Module):
         residual: bool,
         generator: torch.Generator,
         recompute: bool = False,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         M, K, D = num_modalities, num_experts, width
@@ -45,7 +47,7 @@ class Experts(nn.Module):
         self.second_LDD = nn.Parameter(uniform(M * K, D, D).data * (0.0 if residual else 2**-0.5))
         self.second_bias_LD = nn.Parameter(torch.zeros(M * K, D))
         self.dropout = nn.Dropout(dropout)
-        self.residual, self.num_experts, self.recompute = residual, num_experts, recompute
+        self.residual, self.num_experts, self.recompute, self.precision = residual, num_experts, recompute, precision
 
     def forward(self, x_MUD: Tensor) -> Tensor:
         """(M, U, D) to views (M, K, U, D).
@@ -63,7 +65,11 @@ class Experts(nn.Module):
 
     def _views(self, x_MUD: Tensor) -> Tensor:
         (M, U, D), K = x_MUD.shape, self.num_experts
-        hidden_MUH = torch.relu(torch.baddbmm(self.first_bias_MH[:, None], x_MUD, self.first_MDH))
+        low = self.precision if self.training and x_MUD.dtype == torch.float32 else x_MUD.dtype
+        first_bias_MH, first_MDH, second_bias_LD, second_LDD = (
+            p.to(low) for p in (self.first_bias_MH, self.first_MDH, self.second_bias_LD, self.second_LDD)
+        )
+        hidden_MUH = torch.relu(torch.baddbmm(first_bias_MH[:, None], x_MUD.to(low), first_MDH))
         hidden_LUD = self.dropout(hidden_MUH).view(M, U, K, D).transpose(1, 2).reshape(M * K, U, D)
-        views = torch.baddbmm(self.second_bias_LD[:, None], hidden_LUD, self.second_LDD).view(M, K, U, D)
+        views = torch.baddbmm(second_bias_LD[:, None], hidden_LUD, second_LDD).view(M, K, U, D).to(x_MUD.dtype)
         return views + x_MUD[:, None] if self.residual else views

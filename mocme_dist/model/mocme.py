@@ -26,6 +26,7 @@ class ModelSettings(NamedTuple):
     """Sizes and switches; see the projection, experts and fusion sections of the configuration.
 
     compiled: training encodes by one compiled graph; evaluation never does, so that its vectors do not depend on it.
+    precision: what products of projections and experts multiply in training; evaluation takes float32.
     kernels: mutual information is estimated by the C++ kernels where they can run.
     """
 
@@ -40,6 +41,7 @@ class ModelSettings(NamedTuple):
     gamma: float = 12.0
     fusion: FusionSettings = FusionSettings()
     recompute: bool = False
+    precision: str = "float32"
     compiled: bool = False
     kernels: bool = False
 
@@ -64,15 +66,20 @@ class MoCME(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         M, K, D = len(raw_widths), settings.num_experts, settings.width
+        precision = getattr(torch, settings.precision)
         if raw_widths.get("structure", D) != D:
             raise ShapeError(f"MoCME: structure rows have width {raw_widths['structure']}, expected D = {D}")
         self.modalities, self.settings = tuple(raw_widths), settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # Linear layers initialise from the global generator
-            self.projections = Projections(raw_widths, settings.projection_hidden or D, D, settings.projection_dropout, settings.structure)
+            self.projections = Projections(
+                raw_widths, settings.projection_hidden or D, D, settings.projection_dropout, settings.structure, precision
+            )
         mixed = settings.experts == "mlp"
         self.experts = (
-            Experts(M, K, D, settings.experts_dropout, settings.residual, generator, settings.recompute) if mixed else NoExperts()
+            Experts(M, K, D, settings.experts_dropout, settings.residual, generator, settings.recompute, precision)
+            if mixed
+            else NoExperts()
         )
         self.fusion = Fusion(M, K, D, settings.fusion._replace(compiled=settings.compiled, kernels=settings.kernels), generator)
         self.relations = Relations(num_relations, D, generator)

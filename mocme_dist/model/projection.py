@@ -12,14 +12,15 @@ class Projection(nn.Module):
     """One modality's projection; raw features are standardised first with fixed statistics.
 
     Statistics are those of the present entities, set once before training (`set_statistics`); the structure
-    modality has none to set.
+    modality has none to set. In training, products multiply numbers of `precision`; all else stays float32.
     """
 
     mean_F: Tensor
     scale_F: Tensor
 
-    def __init__(self, raw_width: int, hidden: int, width: int, dropout: float) -> None:
+    def __init__(self, raw_width: int, hidden: int, width: int, dropout: float, precision: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.precision = precision
         self.first = nn.Linear(raw_width, hidden)
         self.second = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
@@ -33,18 +34,37 @@ class Projection(nn.Module):
 
     def forward(self, raw_UF: Tensor) -> Tensor:
         """(U, F) raw features to (U, D)."""
-        standard_UF = ((raw_UF.float() - self.mean_F.float()) * self.scale_F.float()).to(self.first.weight.dtype)
-        return self.dropout(self.second(torch.relu(self.first(standard_UF))))
+        own = self.first.weight.dtype
+        low = self.precision if self.training and own == torch.float32 else own
+        standard_UF = ((raw_UF.float() - self.mean_F.float()) * self.scale_F.float()).to(low)
+        return self.dropout(_linear(self.second, torch.relu(_linear(self.first, standard_UF))).to(own))
+
+
+def _linear(layer: nn.Linear, x_UF: Tensor) -> Tensor:
+    """The layer on numbers of a lower type, and in that type."""
+    if x_UF.dtype == layer.weight.dtype:
+        return layer(x_UF)  # type: ignore[no-any-return]
+    return nn.functional.linear(x_UF, layer.weight.to(x_UF.dtype), layer.bias.to(x_UF.dtype))
 
 
 class Projections(nn.Module):
     """All modalities side by side; the order of `raw_widths` is the order of M everywhere."""
 
-    def __init__(self, raw_widths: Mapping[str, int], hidden: int, width: int, dropout: float, structure: str) -> None:
+    def __init__(
+        self,
+        raw_widths: Mapping[str, int],
+        hidden: int,
+        width: int,
+        dropout: float,
+        structure: str,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.by_modality = nn.ModuleDict(
             {
-                name: nn.Identity() if name == "structure" and structure == "identity" else Projection(raw, hidden, width, dropout)
+                name: nn.Identity()
+                if name == "structure" and structure == "identity"
+                else Projection(raw, hidden, width, dropout, precision)
                 for name, raw in raw_widths.items()
             }
         )

@@ -164,15 +164,19 @@ def _padded(size: int, dtype: torch.dtype) -> int:
 
 def _pad(parameters: Sequence[Tensor], D: int, H: int) -> list[Tensor]:
     """Widths filled up with zeros to D and H; float32."""
-    sides_SDH, *others = (p.detach().float() for p in parameters)
+    sides_SDH, *others = (p.detach().float().contiguous() for p in parameters)
     S, width, double = sides_SDH.shape
     more = H - double // 2
+    if not more and width == D:  # padding by nothing copies all the same
+        return [sides_SDH, *others]
     sides_SDH = functional.pad(sides_SDH.view(S, width, 2, double // 2), (0, more, 0, 0, 0, D - width)).reshape(S, D, 2 * H)
-    return [sides_SDH, *(functional.pad(p, (0, more) if p.dim() == 2 else (0, more, 0, more)).contiguous() for p in others)]
+    return [sides_SDH, *(functional.pad(p, (0, more) if p.dim() == 2 else (0, more, 0, more)) for p in others)]
 
 
 def _cut(grads: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parts of padded gradients that are the parameters', in their types."""
+    if all(grad.shape == p.shape for grad, p in zip(grads, parameters, strict=True)):
+        return [grad.to(p.dtype) for grad, p in zip(grads, parameters, strict=True)]
     (S, D, double), (S, width, sides), H = grads[0].shape, parameters[0].shape, parameters[1].shape[1]
     first = grads[0].view(S, D, 2, double // 2)[:, :width, :, :H].reshape(S, width, sides)
     others = [grad[:, :H] if grad.dim() == 2 else grad[:, :H, :H] for grad in grads[1:]]

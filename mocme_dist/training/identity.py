@@ -2,7 +2,8 @@
 
 Two things must not change under a run: the function that its numbers are the parameters of, and the sequence of batches
 that it stands in. Rates, decay, dropout, losses' weights, clipping, epochs, evaluation, the type of the rows and all that
-says where things run (ranks, ZeRO stage, sharding, bf16, parts of a step) may change from one start to the next.
+says where and how things run (ranks, ZeRO stage, sharding, bf16, the precision of products, parts of a step) may change from
+one start to the next.
 """
 
 from __future__ import annotations

@@ -291,6 +291,7 @@ def model_settings(config: Config) -> ModelSettings:
         projection_dropout=config.projection.dropout,
         structure=config.projection.structure,
         gamma=config.rotate.gamma,
+        precision=config.train.precision,
         fusion=FusionSettings(
             estimator=fusion.estimator,
             scope=fusion.scope,

@@ -149,3 +149,52 @@ def test_recomputed_experts_keep_no_hidden_layer():
 
     assert kept(False) >= 2 * 50 * 8 + 2 * 3 * 50 * 8
     assert kept(True) <= 2 * 50 * 8
+
+
+# Neighbours of a bfloat16 number are 2^-8 of it apart: rounding moves it by at most half of that.
+HALF_DIGIT = 2**-9
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_bfloat16_products_round_what_they_multiply_and_nothing_else(residual, recompute):
+    """Views and gradients are float32's up to roundings; in evaluation they are float32's bit for bit."""
+    gen = torch.Generator().manual_seed(2)
+    x_MUD, slope = torch.randn(M, 300, D, generator=gen), torch.randn(M, K, 300, D, generator=gen)
+    found = {}
+    for precision in (torch.float32, torch.bfloat16):
+        module = Experts(M, K, D, 0.0, residual, torch.Generator().manual_seed(0), recompute, precision)
+        with torch.no_grad():
+            module.second_LDD.add_(torch.randn(module.second_LDD.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+        leaf = x_MUD.clone().requires_grad_()
+        views = module(leaf)
+        (views * slope).sum().backward()
+        found[precision] = [views.detach(), leaf.grad, *(p.grad for p in module.parameters())]
+        found[precision].append(module.eval()(x_MUD).detach())
+    *exact, evaluated = found[torch.float32]
+    *rounded, same = found[torch.bfloat16]
+    assert torch.equal(same, evaluated)
+    assert not torch.equal(rounded[0], exact[0])
+    for value, expected in zip(rounded, exact, strict=True):
+        assert value.dtype == torch.float32
+        # Inputs, weights, hidden units, outputs and slopes, each by half a digit; a hidden unit near 0 that turns on or off
+        # moves a gradient by all of its share.
+        assert (value - expected).norm() <= 32 * HALF_DIGIT * expected.norm()
+
+
+def test_bfloat16_projections_are_float32_up_to_roundings_and_in_evaluation_equal():
+    raw_UF = torch.randn(200, 30, generator=torch.Generator().manual_seed(3)) * 3 + 1
+    found = {}
+    for precision in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        layer = Projection(30, 20, 10, 0.0, precision)
+        layer.set_statistics(raw_UF.mean(0), raw_UF.std(0))
+        out = layer(raw_UF)
+        out.square().sum().backward()
+        found[precision] = [out.detach(), *(p.grad for p in layer.parameters()), layer.eval()(raw_UF).detach()]
+    *exact, evaluated = found[torch.float32]
+    *rounded, same = found[torch.bfloat16]
+    assert torch.equal(same, evaluated)
+    for value, expected in zip(rounded, exact, strict=True):
+        assert value.dtype == torch.float32
+        assert (value - expected).norm() <= 16 * HALF_DIGIT * expected.norm()
