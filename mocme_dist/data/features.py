@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from base64 import b64decode, b64encode
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def write_part(directory: Path, shard: int, values: NDArray[Any], present: NDArr
     digest = hashlib.sha256()
     for piece in content:
         digest.update(piece)
-    counts = {"shard": shard, "rows": len(mask), "present": len(values), "absent": len(mask) - len(values)}
+    counts: dict[str, Any] = {"shard": shard, "rows": len(mask), "present": len(values), "absent": len(mask) - len(values)}
+    # Who is present, also here: whoever counts over all parts of a remote data set need not fetch their values.
+    counts |= {"width": values.shape[1], "present_bits": b64encode(np.packbits(mask).tobytes()).decode()}
     size = sum(piece.nbytes for piece in content)
     record = {**counts, **stats, "sha256": digest.hexdigest(), "bytes": size}
     # Another run may have finished this very part, and read its JSON now; only that of other values must go before them.
@@ -78,6 +81,14 @@ def write_part(directory: Path, shard: int, values: NDArray[Any], present: NDArr
         for piece in content:
             file.write(piece)
     write_json(path.with_suffix(".json"), record)
+
+
+def recorded_presence(stats: dict[str, Any]) -> NDArray[np.bool_] | None:
+    """(rows,) who is present, by the JSON of a part; None in one of before it said so."""
+    if "present_bits" not in stats:
+        return None
+    bits = np.frombuffer(b64decode(stats["present_bits"]), dtype=np.uint8)
+    return np.unpackbits(bits, count=stats["rows"]).astype(bool)
 
 
 def _says(path: Path, record: dict[str, Any]) -> bool:

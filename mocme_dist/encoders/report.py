@@ -11,7 +11,7 @@ import numpy as np
 
 from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import Dataset
-from mocme_dist.data.features import FEATURES_FORMAT, part_path
+from mocme_dist.data.features import FEATURES_FORMAT, part_path, recorded_presence
 from mocme_dist.data.files import read_json, write_json
 from mocme_dist.encoders.build import ENCODED
 from mocme_dist.encoders.shard import EXAMPLES, part_presence, part_width, strict_error
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], pinned: str, encoders: EncodersConfig) -> dict[str, Any]:
     """Write the modality's manifest from its parts' files, and sum them up."""
     directory = dataset.directory / "features" / modality
-    dataset.bring(f"features/{modality}/*.json", f"features/{modality}/part-000000.*")
+    dataset.bring(f"features/{modality}/*.json")
     parts = [read_json(part_path(directory, shard).with_suffix(".json")) for shard in range(dataset.shards.num_shards)]
     failed: Counter[str] = Counter()
     for part in parts:
@@ -44,7 +44,7 @@ def finish_modality(dataset: Dataset, modality: str, settings: dict[str, Any], p
     manifest = {
         "format": FEATURES_FORMAT,
         "modality": modality,
-        "width": part_width(directory, 0),
+        "width": _width(dataset, modality, parts[0]),
         "dtype": encoders.dtype,
         "encoder": settings,
         "encoder_hash": pinned,
@@ -86,10 +86,9 @@ def finish_report(dataset: Dataset, rows: dict[str, dict[str, Any]], max_missing
     # rows of modalities that this run left alone stay, those of other features than lie there now do not
     kept = {name: row for name, row in before.items() if finished.get(name) and row.get("encoder_hash") == finished[name]}
     rows = {name: (rows | kept)[name] for name in names if name in rows or name in kept}
-    dataset.bring(*(f"features/{name}/*" for name in names))
     if names:
         missing = sum(
-            int((~np.logical_or.reduce([part_presence(dataset.directory / "features" / name, shard) for name in names])).sum())
+            int((~np.logical_or.reduce([_presence(dataset, name, shard) for name in names])).sum())
             for shard in range(dataset.shards.num_shards)
         )
     share = missing / dataset.num_entities
@@ -108,13 +107,33 @@ def finish_report(dataset: Dataset, rows: dict[str, dict[str, Any]], max_missing
     return report
 
 
+def _presence(dataset: Dataset, modality: str, shard: int) -> np.ndarray:
+    """(rows,) who is present in a part, from its JSON; from the part itself where that is of an older version."""
+    directory = dataset.directory / "features" / modality
+    found = recorded_presence(read_json(part_path(directory, shard).with_suffix(".json")))
+    if found is None:
+        dataset.bring(f"features/{modality}/{part_path(directory, shard).name}")
+        found = part_presence(directory, shard)
+    return found
+
+
+def _width(dataset: Dataset, modality: str, stats: dict[str, Any]) -> int:
+    """F, as `_presence` finds it."""
+    if "width" in stats:
+        return int(stats["width"])
+    first = part_path(dataset.directory / "features" / modality, 0)
+    dataset.bring(f"features/{modality}/{first.name}")
+    return part_width(first.parent, 0)
+
+
 def _finished(dataset: Dataset, modality: str) -> str:
     """The encoder hash of a modality's finished features; empty where there are none."""
     directory = dataset.directory / "features" / modality
-    dataset.bring(f"features/{modality}/*")
+    dataset.bring(f"features/{modality}/*.json")
     if not (directory / "manifest.json").is_file():
         return ""
-    if not all(part_path(directory, shard).is_file() for shard in range(dataset.shards.num_shards)):
+    there, shards = dataset.remote_part_sizes(modality), range(dataset.shards.num_shards)
+    if not all(part_path(directory, shard).is_file() if there is None else shard in there for shard in shards):
         return ""
     return str(read_json(directory / "manifest.json").get("encoder_hash", ""))
 

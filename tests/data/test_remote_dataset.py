@@ -69,6 +69,22 @@ def test_packed_and_extracted_there_it_holds_the_bytes_of_one_on_disk(url, tiny_
     forget(tmp_path)
     assert extract(url)["modalities"]["numeric"]["parts"] == {"done": 0, "skipped": 4}
     assert not list((tmp_path / "cache").rglob("*.tar"))  # nothing to do, no shard fetched
+    assert not list((tmp_path / "cache").rglob("part-*.safetensors"))  # who is present stands in the JSON of each part
+
+
+def test_parts_of_before_whose_json_says_less_are_counted_from_their_values(url, tiny_raw, tmp_path):
+    pack_folder(tiny_raw, url, DataConfig(shard_rows=16))
+    report = extract(url)
+    files, root = fsspec.core.url_to_fs(url)
+    for shard in (0, 2):
+        name = f"{root}/features/numeric/part-{shard:06d}.json"
+        record = json.loads(files.cat_file(name))
+        assert record.pop("width") == report["modalities"]["numeric"]["width"] and record.pop("present_bits")
+        files.pipe_file(name, json.dumps(record).encode())
+    forget(tmp_path)
+    again = extract(url)
+    assert again["missing"] == report["missing"] and again["modalities"]["numeric"]["parts"] == {"done": 0, "skipped": 4}
+    assert sorted(path.stem for path in (tmp_path / "cache").rglob("part-*.safetensors")) == ["part-000000", "part-000002"]
 
 
 def test_packing_again_sends_nothing_and_other_content_is_refused(url, tiny_raw, raw_copy, tmp_path):
