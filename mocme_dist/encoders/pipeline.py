@@ -290,14 +290,22 @@ def _numeric_statistics(dataset: Dataset, encoders: EncodersConfig, columns: Seq
     tasks = [{"kind": "statistics", "shard": shard} for shard in range(dataset.shards.num_shards)]
     workshop = Workshop(dataset.place, encoders, tuple(columns), None, {})
     use_ray = use_ray and sum(entry.bytes for entry in dataset.entries) > READ_HERE_BYTES
-    with Progress("numeric statistics", len(tasks), "shards") as progress:
-        found: dict[int, Any] = {}
-        bad: list[int] = []
+    bad: list[int] = []
+
+    def in_order() -> Iterator[Any]:
+        """Numbers of the shards in their order; what comes early waits, so that little is held of a large data set."""
+        waiting: dict[int, Any] = {}
+        due = 0
         for result in _run(tasks, workshop, use_ray, None):
-            found[result["shard"]] = result["numbers"]
-            bad += [result["shard"]] if "bad_shard" in result else []
+            waiting[result["shard"]] = result["numbers"]
+            bad.extend([result["shard"]] if "bad_shard" in result else [])
             progress.add(1)
-    statistics = fit_numbers((found[shard] for shard in sorted(found)), encoders.numeric.max_attributes)
+            while due in waiting:
+                yield waiting.pop(due)
+                due += 1
+
+    with Progress("numeric statistics", len(tasks), "shards") as progress:
+        statistics = fit_numbers(in_order(), encoders.numeric.max_attributes)
     # without some shards they are good for this run only
     write_json(path, {"made_from": {**made_from, "without": sorted(bad)} if bad else made_from, **statistics.to_json()})
     dataset.publish(name)

@@ -189,3 +189,19 @@ def test_actors_write_the_bytes_of_the_plain_loop(packed, encoders, ray_session,
     # several shards hold bad pictures; whichever actor is first stops the job
     with pytest.raises(DataError, match=r"entity \d+: image: (too large|not an image): .*encoders\.strict=false"):
         extract_features(packed, strict, COLUMNS, ("image",), use_ray=True)
+
+
+def test_statistics_do_not_depend_on_which_shard_is_ready_first(packed, encoders, monkeypatch):
+    monkeypatch.setattr("mocme_dist.encoders.numeric.SAMPLE", 3)  # the first values count, so the order matters
+    expected = pipeline._numeric_statistics(packed, encoders, COLUMNS, use_ray=False)
+    (packed.directory / "features" / "numeric" / "statistics.json").unlink()
+    run, order = pipeline._run, []
+
+    def last_first(*arguments):
+        results = sorted(run(*arguments), key=lambda result: -result["shard"])
+        order.extend(result["shard"] for result in results)
+        return iter(results)
+
+    monkeypatch.setattr(pipeline, "_run", last_first)
+    assert pipeline._numeric_statistics(packed, encoders, COLUMNS, use_ray=False) == expected
+    assert order == sorted(order, reverse=True) and len(order) > 1
