@@ -97,8 +97,11 @@ def _run_task(config: Config, task: str, arguments: dict[str, Any], pulse: Pulse
 
 
 def _tune_process(config: Config) -> None:
-    """Threads of this rank, and an allocator that keeps the pages of a step's large tensors for the next one."""
+    """Threads of this rank, an allocator that keeps the pages of a step's large tensors for the next one, and no idle warnings."""
     import torch
+
+    # DeepSpeed's collectives call names that torch is about to change; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     torch.set_num_threads(max(1, int(config.launch.cpus_per_worker)))
     keep_pages()
@@ -178,8 +181,6 @@ def _ray_worker(payload: dict[str, Any]) -> None:
     # This module of Ray logs under the name of its file, where logging_config does not reach: two lines a checkpoint and rank.
     if (module := sys.modules.get("ray.train.v2._internal.execution.context")) is not None:
         logging.getLogger(module.__file__).setLevel(logging.WARNING)
-    # DeepSpeed's collectives call names that torch is about to change; users can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import ray
 
     config = parse_config(payload["config"])

@@ -53,7 +53,9 @@ def resolve_modalities(config: Config, dataset: Dataset) -> tuple[str, ...]:
     has = ("structure", *dataset.modalities)
     wanted = has if config.modalities == "auto" else config.modalities
     if missing := [name for name in wanted if name not in has]:
-        raise DataError(f"{dataset.directory}: no {', '.join(missing)} in this data set; it has {', '.join(has)}; change `modalities`")
+        raise DataError(
+            f"{dataset.directory}: no {', '.join(missing)} in this data set; it has {', '.join(has)}; set `modalities` to those or auto"
+        )
     return tuple(wanted)
 
 
