@@ -95,12 +95,10 @@ def test_a_kill_before_a_manifest_loses_no_checkpoint(bucket, server, run_ranks,
         run_ranks(1, on_s3, server, tiny_dataset, f"{bucket}/run", [str(tmp_path / "cache-a")], ("train.epochs=4",), "put /MANIFEST.json 3")
     assert sorted(saved.step for saved in remote.shown(Mirror(f"{bucket}/run"))) == [9, 18]
     whole = train(tiny_config(tiny_dataset, tmp_path / "run", *LINES, "train.epochs=4"))
-    # Two ranks, each on a machine of its own.
-    caches = [str(tmp_path / "cache-b"), str(tmp_path / "cache-c")]
-    reports = run_ranks(2, on_s3, server, tiny_dataset, f"{bucket}/run", caches, ("train.epochs=4",))
-    assert [report["mrr"] for report in reports] == pytest.approx([whole["mrr"]] * 2, abs=1e-3)
+    report = train(tiny_config(tiny_dataset, f"{bucket}/run", *LINES, "train.epochs=4"))  # type: ignore[arg-type]
+    assert (report["mrr"], report["step"]) == (whole["mrr"], whole["step"])
     Mirror(f"{bucket}/run").pull("metrics.jsonl")
-    assert losses(Mirror(f"{bucket}/run").path) == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
+    assert losses(Mirror(f"{bucket}/run").path) == losses(tmp_path / "run")
 
 
 def test_the_store_itself_makes_an_object_once_and_one_of_two_has_the_run(bucket, monkeypatch):
