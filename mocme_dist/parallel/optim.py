@@ -8,6 +8,7 @@ below half a digit are right on average; the random bits are a function of (seed
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from torch import Tensor
 
 # "auto" takes Adam up to here: its moments are twice the table, Adagrad's sums 1 / D of it.
 ADAM_LIMIT = 1_000_000
+BETAS = (0.9, 0.999)
+EPSILON = {"adam": 1e-8, "adagrad": 1e-10}
+# A fused form of `RowOptimizer.update` for float32 rows: kind, rows, state, local rows, gradient, rate, decay, step.
+# This package builds no kernels; who does passes one in.
+RowUpdate = Callable[[str, Tensor, dict[str, Tensor], Tensor, Tensor, float, float, int], None]
 # Rows updated at a time: the temporaries of a step that touches all rows stay small beside the table.
 _BLOCK = 16_384
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -48,6 +54,7 @@ class RowOptimizer:
         num_rows, width: of the shard. device: where the state lives.
         learning_rate, weight_decay: of the rows; decay is an L2 term of touched rows.
         seed, first: of the rounding of bfloat16 rows, and the id of local row 0.
+        fused: moves float32 rows in place of torch.
     """
 
     def __init__(
@@ -61,7 +68,9 @@ class RowOptimizer:
         seed: int,
         first: int,
         device: torch.device | str,
+        fused: RowUpdate | None = None,
     ) -> None:
+        self.fused = fused
         self.kind, self.learning_rate, self.weight_decay, self.seed, self.first = kind, learning_rate, weight_decay, seed, first
         self.state = {name: lazy_zeros(num_rows, columns, device) for name, columns in state_widths(kind, width).items()}
 
@@ -74,6 +83,9 @@ class RowOptimizer:
             grad_VD: (V, D) float32 gradient.
             step: number of this update, from 1.
         """
+        if self.fused is not None and rows_rD.dtype == torch.float32:
+            self.fused(self.kind, rows_rD, self.state, rows_V, grad_VD, self.learning_rate, self.weight_decay, step)
+            return
         for begin in range(0, len(rows_V), _BLOCK):
             part_V, part_VD = rows_V[begin : begin + _BLOCK], grad_VD[begin : begin + _BLOCK]
             value_VD = rows_rD.index_select(0, part_V).float()
@@ -86,17 +98,18 @@ class RowOptimizer:
             else:
                 rows_rD[part_V] = value_VD
 
-    def _adam(self, rows_V: Tensor, grad_VD: Tensor, step: int, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Tensor:
+    def _adam(self, rows_V: Tensor, grad_VD: Tensor, step: int) -> Tensor:
+        beta1, beta2 = BETAS
         first_VD = torch.lerp(self.state["first_moment"][rows_V], grad_VD, 1 - beta1)
         second_VD = torch.lerp(self.state["second_moment"][rows_V], grad_VD.square(), 1 - beta2)
         self.state["first_moment"][rows_V], self.state["second_moment"][rows_V] = first_VD, second_VD
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-        return (first_VD / correction1) / (second_VD.sqrt() / math.sqrt(correction2) + eps)
+        return (first_VD / correction1) / (second_VD.sqrt() / math.sqrt(correction2) + EPSILON["adam"])
 
-    def _adagrad(self, rows_V: Tensor, grad_VD: Tensor, _step: int, eps: float = 1e-10) -> Tensor:
+    def _adagrad(self, rows_V: Tensor, grad_VD: Tensor, _step: int) -> Tensor:
         square_V1 = self.state["square_sum"][rows_V] + grad_VD.square().mean(1, keepdim=True)
         self.state["square_sum"][rows_V] = square_V1
-        return grad_VD / (square_V1.sqrt() + eps)
+        return grad_VD / (square_V1.sqrt() + EPSILON["adagrad"])
 
 
 def _mix(value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mocme_dist.parallel.optim import RowOptimizer
+from mocme_dist.parallel.optim import RowOptimizer, RowUpdate
 from mocme_dist.partition import RowPartition
 
 _INIT_BLOCK = 4096
@@ -73,6 +73,7 @@ class EntityTable:
         learning_rate, weight_decay: of the rows.
         dtype: of the rows, float32 or bfloat16; gradients and state are float32.
         device: where rows and state live.
+        fused: see `RowOptimizer`.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class EntityTable:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        fused: RowUpdate | None = None,
     ) -> None:
         self.partition, self.rank, self.width, self.optimizer = partition, rank, width, optimizer
         self.first, self.last = partition.bounds(rank)
@@ -102,6 +104,7 @@ class EntityTable:
             seed=seed,
             first=self.first,
             device=device,
+            fused=fused,
         )
         self.state = self._optimizer.state
 

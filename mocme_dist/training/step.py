@@ -150,7 +150,7 @@ def train_step(
         touched.append(_row_gradient(part, comm.world_size))
     with timer.phase("update"):
         rows_V, grad_VD = coalesce(touched)
-        norm = math.sqrt(float(comm.sum(grad_VD.double().square().sum())))
+        norm = math.sqrt(float(comm.sum(torch.linalg.vector_norm(grad_VD, dtype=torch.float64).square())))
         factor = engine.step(norm)
         if not factor:
             return skipped(norm)

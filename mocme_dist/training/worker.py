@@ -39,6 +39,7 @@ from mocme_dist.training.engine_rows import EngineRows, row_parameter
 from mocme_dist.training.identity import run_identity
 from mocme_dist.training.log import Progress
 from mocme_dist.training.profiler import PhaseTimer
+from mocme_dist.training.row_update import row_update
 from mocme_dist.training.step import EntityInput, Part, StepModule
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ class Worker:
             seed=c.train.seed,
             dtype=getattr(torch, c.entities.dtype),
             device=comm.device,
+            fused=row_update(comm.device.type) if self.compiled else None,
         )
 
     def _open_stores(self) -> dict[str, FeatureStore]:
