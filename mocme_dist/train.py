@@ -107,9 +107,9 @@ def _join(directory: RunDirectory, lease: Lease | None) -> None:
     """Of a run at a URL: say what it goes on from, and bring its small files."""
     if directory.mirror is None or lease is None:
         return
-    from mocme_dist.training import remote
+    from mocme_dist.training import remote_saver
 
-    if remote.inherit(directory.mirror, lease, lambda: directory.send(lease.held, "metrics.jsonl")):
+    if remote_saver.inherit(directory.mirror, lease, lambda: directory.send(lease.held, "metrics.jsonl")):
         directory.send(lease.held)  # nobody else has written since
     directory.fetch()
 
@@ -126,11 +126,11 @@ def config_of_run(place: str, files: Sequence[str] = (), overrides: Sequence[str
     from mocme_dist.training.rundir import RunDirectory
 
     directory = RunDirectory(place)
-    if directory.mirror is not None:
+    there = True
+    if directory.mirror is not None:  # a copy of it may be here, of a run that is there no more
+        there = bool(directory.mirror.listing(directory.config.name))
         directory.mirror.pull(directory.config.name)
-        if not directory.mirror.listing(directory.config.name):
-            directory.config.unlink(missing_ok=True)
-    if not directory.config.is_file():
+    if not there or not directory.config.is_file():
         raise ConfigError(f"{place}: not a run directory: no config.yaml in it; give the run.dir of a training run")
     return resolve_paths(load_config([directory.config, *files], [*overrides, f"run.dir={json.dumps(place)}"]))
 

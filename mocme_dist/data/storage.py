@@ -180,7 +180,15 @@ class Mirror:
                 return True
             try:
                 self.files.invalidate_cache()
-                self.files.pipe_file(target, content, mode="create" if new else "overwrite")
+                if not new:
+                    self.files.pipe_file(target, content)
+                    return True
+                try:
+                    self.files.pipe_file(target, content, mode="create")
+                except TypeError:  # a package that has not learnt to: the next best
+                    if self.files.exists(target):
+                        return False
+                    self.files.pipe_file(target, content)
             except OSError:
                 # Stores have no common word for "there is one"; a read tells what it was.
                 if not new or self.read(name) is None:

@@ -30,7 +30,7 @@ from mocme_dist.training.engine_rows import EngineRows
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "MANIFEST.json"
+MANIFEST, DENSE = "MANIFEST.json", "dense.safetensors"
 SUPERSEDED = "superseded"
 _TEMPORARY = ".tmp-"
 # Rows read at a time: 64 MiB of D 256 beside the table.
@@ -168,7 +168,7 @@ def write_parts(temporary: Path, table: EntityTable | EngineRows, dense: Mapping
     name = f"rows-{rank:05d}.safetensors"
     entries = {name: {**_write(temporary / name, rows), "first": table.first, "last": table.last}}
     if dense:
-        entries["dense.safetensors"] = _write(temporary / "dense.safetensors", dense)
+        entries[DENSE] = _write(temporary / DENSE, dense)
     return entries
 
 
@@ -357,7 +357,7 @@ def read_rows(saved: Saved, first: int, last: int) -> Tensor:
 
 def load_dense(saved: Saved) -> dict[str, Tensor]:
     """Full dense state by name."""
-    with safe_open(saved.path / "dense.safetensors", framework="pt") as file:
+    with safe_open(saved.path / DENSE, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 

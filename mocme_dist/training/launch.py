@@ -64,6 +64,7 @@ def launch(config: Config, task: str, lease: Lease | None = None, **arguments: A
         config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
     if lease is not None:
         arguments["held"] = lease.held
+    directory.path.mkdir(parents=True, exist_ok=True)  # of a run at a URL, on a machine that has not seen it
     stop = StopRequest(directory.stop_file)
     with stop.listening() if task == "train" else nullcontext():
         if config.launch.mode == "local":
@@ -73,10 +74,10 @@ def launch(config: Config, task: str, lease: Lease | None = None, **arguments: A
 
 
 def _rewind(directory: RunDirectory, lease: Lease | None, resume: str) -> None:
-    from mocme_dist.training import checkpoint, remote
+    from mocme_dist.training import checkpoint, remote_saver
 
     if directory.mirror is not None and lease is not None:
-        remote.rewind(directory.mirror, lease, resume)
+        remote_saver.rewind(directory.mirror, lease, resume)
     else:
         checkpoint.rewind(directory.checkpoints, resume)
 

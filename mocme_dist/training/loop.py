@@ -20,7 +20,7 @@ from mocme_dist.config import Config, dump_config
 from mocme_dist.data.files import write_json
 from mocme_dist.errors import CheckpointError, ConfigError, DivergedError, Preempted, StorageError
 from mocme_dist.parallel.comm import communication
-from mocme_dist.training import checkpoint, remote
+from mocme_dist.training import checkpoint, remote, remote_saver
 from mocme_dist.training.checkpoint import Saver
 from mocme_dist.training.lease import Held
 from mocme_dist.training.log import RunLog, duration
@@ -141,7 +141,7 @@ class Training:
             return Saver(self.directory.checkpoints, keep, self.comm)
         if self.held is None:
             raise ConfigError(f"run.dir: {mirror.url}: a run at a URL is started by mocme_dist.train, which takes its lease")
-        return remote.RemoteSaver(mirror, keep, self.comm, self.held, self._send_curve)
+        return remote_saver.RemoteSaver(mirror, keep, self.comm, self.held, self._send_curve)
 
     def _send_curve(self) -> None:
         self.directory.send(self.held, self.directory.curve.name)

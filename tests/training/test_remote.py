@@ -20,7 +20,7 @@ from mocme_dist.data.storage import Mirror
 from mocme_dist.errors import CheckpointError, ConfigError, LockedError, Preempted, StorageError
 from mocme_dist.train import config_of_run, train
 from mocme_dist.training import lease as leases
-from mocme_dist.training import remote
+from mocme_dist.training import remote, remote_saver
 from mocme_dist.training.loop import run_training
 from mocme_dist.training.rundir import RunDirectory
 
@@ -31,7 +31,7 @@ LINES = ("modalities=[structure]", "fusion.estimator=uniform", "train.log_every=
 def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("MOCME_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(leases, "SETTLE_S", 0.0)
-    monkeypatch.setattr(remote, "RETRY_S", (0.0, 0.0))
+    monkeypatch.setattr(remote_saver, "RETRY_S", (0.0, 0.0))
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -90,7 +90,7 @@ def test_another_machine_goes_on_and_the_curve_does_not_show_it(url, machine, ti
 def run_with(comm: Any, dataset: Path, url: str, caches: list[str], overrides: tuple[str, ...], kill: str | None = None) -> dict[str, Any]:
     """Body of one rank: a training whose ranks have a cache each; `kill` names the write before which rank 0 is killed."""
     os.environ["MOCME_CACHE"] = caches[comm.rank]
-    leases.SETTLE_S, remote.RETRY_S = 0.0, (0.0,)
+    leases.SETTLE_S, remote_saver.RETRY_S = 0.0, (0.0,)
     if kill and comm.rank == 0:
         _kill_before(*kill.split(" "))
     config = tiny_config(dataset, url, *LINES, *overrides)
@@ -98,7 +98,7 @@ def run_with(comm: Any, dataset: Path, url: str, caches: list[str], overrides: t
         return run_training(config)
     with RunDirectory(url).lock() as lease:
         assert lease is not None
-        remote.inherit(Mirror(url), lease, lambda: None)
+        remote_saver.inherit(Mirror(url), lease, lambda: None)
         return run_training(config, held=lease.held)
 
 
@@ -239,7 +239,7 @@ def test_what_a_run_commits_after_it_was_taken_over_neither_counts_nor_harms(
             mirror.write("lease/0000000001.json", json.dumps({"ended": True}).encode())
             machine("b")
             successors.append(RunDirectory(memory).lock())
-            remote.inherit(Mirror(memory), successors[0].__enter__(), lambda: None)
+            remote_saver.inherit(Mirror(memory), successors[0].__enter__(), lambda: None)
             machine("a")
 
     monkeypatch.setattr(leases.Held, "check", overtaken)
@@ -278,6 +278,27 @@ def test_who_reads_leaves_everything_as_it_is(url, machine, tiny_dataset, monkey
     with pytest.raises(CheckpointError, match="no checkpoint of step 8; it has 27, 18"):
         monkeypatch.setattr("sys.argv", ["evaluate", url, "--step", "8", "--set", "launch.mode=local"])
         evaluate.main()
+
+
+def test_who_reads_beside_a_purge_takes_the_checkpoint_that_is_there_now(memory, machine, tiny_dataset, undisturbed, monkeypatch):
+    machine("a")
+    train(tiny_config(tiny_dataset, memory, *LINES, "train.epochs=2"))
+    machine("b")
+    fetch, gone = Mirror.bring, []
+
+    def slow(self: Mirror, name: str, size: int) -> Path:
+        """Before the first tensors come, the run goes on and removes their checkpoint."""
+        if not gone and name.endswith("safetensors"):
+            gone.append(name)
+            here = os.environ["MOCME_CACHE"]
+            machine("a")
+            train(tiny_config(tiny_dataset, memory, *LINES, "train.epochs=5"))
+            os.environ["MOCME_CACHE"] = here
+        return fetch(self, name, size)
+
+    monkeypatch.setattr(Mirror, "bring", slow)
+    assert evaluate_there(memory)["mrr"] == undisturbed[1]
+    assert not Mirror(memory).listing(gone[0])
 
 
 def break_store(monkeypatch: pytest.MonkeyPatch, first: int, last: float) -> list[str]:
@@ -340,6 +361,18 @@ def test_unsent_checkpoints_stay_where_another_machine_went_on(machine, tiny_dat
     assert waiting == sorted((Mirror(url).path / "unsent").iterdir()) != []
     same = lambda found: {name: digest for name, digest in found.items() if name.startswith("checkpoints/")}  # noqa: E731
     assert same(contents(url)) == same(before)
+
+
+def test_parts_that_arrived_from_other_machines_are_committed_by_the_next_run(run_ranks, tiny_dataset, undisturbed, machine, tmp_path):
+    url, caches = f"file://{tmp_path}/bucket/run", [str(tmp_path / "cache-a"), str(tmp_path / "cache-b")]
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_ranks(2, run_with, tiny_dataset, url, caches, ("train.epochs=3",), "put /MANIFEST.json 2")
+    assert steps(url) == [9]
+    machine("a")
+    report = train(tiny_config(tiny_dataset, url, *LINES, "train.epochs=5", "train.num_to_keep=9"))
+    assert any(name.startswith("checkpoints/step_0000000018-1-") for name in contents(url))
+    assert report["mrr"] == pytest.approx(undisturbed[1], abs=1e-3)
+    assert remote_losses(url, tmp_path) == pytest.approx(undisturbed[0], rel=1e-4)
 
 
 def test_going_back_sets_later_checkpoints_aside_and_deletes_none(memory, machine, tiny_dataset, undisturbed, tmp_path):
