@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,18 +63,31 @@ def resolve_modalities(config: Config, dataset: Dataset) -> tuple[str, ...]:
 
 
 def use_compiler(choice: str, device: torch.device) -> bool:
-    """Whether to compile the hot path: auto where a compiler is found.
+    """Whether to compile the hot path: auto where all that it takes is found.
 
     Raises:
-        ConfigError: `on` where there is none.
+        ConfigError: `on` where something is missing.
     """
-    found = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    found = found or (device.type == "cpu" and any(shutil.which(name) for name in ("c++", "g++", "clang++")))
-    if choice == "on" and not found:
-        raise ConfigError("compile: on, but no C++ compiler (CPU) or triton (GPU) is found; install one or set compile=off")
-    if choice == "auto" and not found:
-        log.warning("no compiler is found: the loss runs in its plain form, some fifty times slower")
-    return found and choice != "off"
+    if choice == "off":
+        return False
+    lacks = compiler_lacks(device)
+    if lacks and choice == "on":
+        raise ConfigError(f"compile: on, but {lacks} found on this machine; install it or set compile=off")
+    if lacks:
+        log.warning("%s found: the loss runs in its plain form, some fifty times slower", lacks)
+    return lacks is None
+
+
+def compiler_lacks(device: torch.device) -> str | None:
+    """What torch.compile would miss here, as the start of a sentence; it would fail at the first step."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "no triton is"
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return "no C++ compiler is"
+    # Debian and Ubuntu have them in a package of their own.
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "no Python.h (headers of Python; python3-dev) is"
+    return None
 
 
 class Worker:

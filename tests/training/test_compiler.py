@@ -1,0 +1,38 @@
+"""torch.compile is used where all that it takes is there, and what is missing is named before the first step."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import sysconfig
+
+import pytest
+import torch
+
+from mocme_dist.errors import ConfigError
+from mocme_dist.training.worker import use_compiler
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("missing", ["C++ compiler", "Python.h"])
+def test_what_is_missing_is_named_and_auto_goes_on_without(monkeypatch, tmp_path, caplog, missing):
+    if missing == "C++ compiler":
+        monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    else:
+        monkeypatch.setattr(shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(ConfigError, match=rf"compile: on, but no {re.escape(missing)}.* is found on this machine"):
+        use_compiler("on", CPU)
+    assert not use_compiler("off", CPU) and not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert not use_compiler("auto", CPU)
+    assert missing in caplog.text and "plain form" in caplog.text
+
+
+def test_a_machine_that_has_all_compiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    (tmp_path / "Python.h").touch()
+    assert use_compiler("auto", CPU) and use_compiler("on", CPU)
