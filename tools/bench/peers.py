@@ -8,7 +8,8 @@ margin 12, self-adversarial weights, Adam.
   for each triple) against ours; ours is a whole iteration of `Training.train`, structure only.
 - eager_shared_step: the original RotatE code's formulation with negatives shared by a chunk, eager; `eager_per_triple_step`
   is its published form. Both get their batches for nothing and spend no time on sampling.
-- mocme_vs_best_rotate: step time of the fastest of these others over that of full MoCME (3 modalities, K 3, MINE on).
+- mocme_vs_best_rotate: step time of the fastest of these others over that of full MoCME (3 modalities, K 3, MINE on),
+  all float32; `mocme_bfloat16_vs_best_rotate`: our products in bfloat16, theirs as they are.
 - pykeen_ranking: filtered ranking of DB15K's test triples with the same random embeddings: PyKEEN's evaluator in
   batches of 32, with the faster of its own RotatE distance and the published sum of moduli, against `rank_queries`.
 
@@ -36,7 +37,7 @@ from mocme_dist.training.worker import Worker, open_dataset
 from tools.bench import pykeen_peer
 from tools.bench.common import finish, measure, row, spread
 from tools.bench.eager_rotate import EagerRotatE
-from tools.bench.workload import FULL, RELATIONS, STRUCTURE_ONLY, make_graph, step_config, timed_steps, use_all_cores
+from tools.bench.workload import BFLOAT16, FULL, RELATIONS, STRUCTURE_ONLY, make_graph, step_config, timed_steps, use_all_cores
 
 QUERIES, NEGATIVES, WIDTH, GAMMA = 1024, 256, 256, 12.0
 WIDTHS = {"text": 384, "numeric": 128}
@@ -86,6 +87,7 @@ def training_rows(folder: Path, repeats: int) -> tuple[bool, list[dict[str, obje
     dataset = make_graph(folder, widths=WIDTHS)
     ours = timed_steps(step_config(dataset, folder / "structure", *STRUCTURE_ONLY), 2 * repeats, 6)
     full = timed_steps(step_config(dataset, folder / "full", *FULL), repeats, 6)
+    low = timed_steps(step_config(dataset, folder / "bfloat16", *FULL, *BFLOAT16), repeats, 6)
     print(f"ours: {spread(ours.step_s)[0]:.4f} s and, full, {spread(full.step_s)[0]:.4f} s a step", flush=True)
     config = step_config(dataset, folder / "batch", *STRUCTURE_ONLY)
     worker = Worker(config, open_dataset(config), _alone())
@@ -106,6 +108,7 @@ def training_rows(folder: Path, repeats: int) -> tuple[bool, list[dict[str, obje
         row("eager_shared_step", shared_ms / 1e3 / step_s, "x", ">= 5"),
         row("eager_per_triple_step", per_triple_ms / 1e3 / step_s, "x"),
         row("mocme_vs_best_rotate", best_s / full_s, "x", "> 1"),
+        row("mocme_bfloat16_vs_best_rotate", best_s / spread(low.step_s)[0], "x"),
         row("mocme_vs_pykeen_rotate", theirs_s / full_s, "x"),
         row("our_triples_per_s", QUERIES / step_s, "queries/s"),
         row("our_step_p90_ms", 1e3 * spread(ours.step_s)[1], "ms"),

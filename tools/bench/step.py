@@ -1,12 +1,12 @@
 """One training step of the real loop, and where its time goes: `python -m tools.bench.step [--quick]`.
 
 B 1024 queries, N 256 negatives shared by chunks of 128, D 256, 15,000 entities, one process, all cores: structure only
-(plain RotatE), and full MoCME with structure, text (384) and numbers (128), K 3 and MINE. A step is timed from one to
-the next inside `Training.train`: prefetch, lookup, forward, backward, updates, monitor.
+(plain RotatE), full MoCME with structure, text (384) and numbers (128), K 3 and MINE, and the same with products in
+bfloat16. A step is timed from one to the next inside `Training.train`: prefetch, lookup, forward, backward, updates, monitor.
 
 host_overhead is the share of a full MoCME step that is not inside encode (with MINE), loss, backward or the updates
 of rows and networks: waiting for the batch, lookup, exchange, the finite check, the monitor and the loop. Parity: the
-loss of the compiled step equals that of the plain one on the same batch.
+loss of the compiled step equals that of the plain one on the same batch, and in bfloat16 up to its last digit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mocme_dist.config import Config
 from mocme_dist.parallel.comm import communication
 from mocme_dist.training.worker import Worker, open_dataset
 from tools.bench.common import ceilings, finish, row, spread
-from tools.bench.workload import FULL, STRUCTURE_ONLY, Timed, make_graph, step_config, timed_steps, use_all_cores
+from tools.bench.workload import BFLOAT16, FULL, STRUCTURE_ONLY, Timed, make_graph, step_config, timed_steps, use_all_cores
 
 INSIDE = ("encode", "loss", "backward", "update")
 WIDTHS = {"text": 384, "numeric": 128}
@@ -64,11 +64,13 @@ def main() -> None:
         folder = Path(temporary)
         dataset = make_graph(folder, widths=WIDTHS)
         plain, compiled = (first_loss(step_config(dataset, folder / how, *FULL, f"compile={how}")) for how in ("off", "auto"))
+        rounded = first_loss(step_config(dataset, folder / "rounded", *FULL, *BFLOAT16))
         rows = []
-        for name, overrides in (("structure", STRUCTURE_ONLY), ("full", FULL)):
+        for name, overrides in (("structure", STRUCTURE_ONLY), ("full", FULL), ("bfloat16", (*FULL, *BFLOAT16))):
             rows += figures(name, timed_steps(step_config(dataset, folder / name, *overrides), steps, 6), 1024)
     shapes = {"B": 1024, "N": 256, "D": 256, "chunk": 128, "entities": 15_000, "modalities": ["structure", *WIDTHS], "K": 3}
-    finish("step", abs(plain - compiled) <= 1e-4 * abs(plain), rows, shapes=shapes, ceilings=ceilings(5))
+    parity = abs(plain - compiled) <= 1e-4 * abs(plain) and abs(plain - rounded) <= 2**-8 * abs(plain)
+    finish("step", parity, rows, shapes=shapes, ceilings=ceilings(5))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ STRUCTURE_ONLY = (
     "experts.num_experts=1",
     "fusion.estimator=uniform",
 )
+BFLOAT16 = ("train.precision=bfloat16", "mine.precision=bfloat16")
 FULL = ("modalities=[structure, text, numeric]", "experts.num_experts=3", "fusion.estimator=mine")
 
 
