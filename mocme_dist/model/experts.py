@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mocme_dist.errors import ShapeError
+from mocme_dist.model.expert_kernels import has_kernels, views_by_kernels
 
 
 class NoExperts(nn.Module):
@@ -23,7 +24,8 @@ class Experts(nn.Module):
     The K first layers of a modality read the same input, so they are one (D, K D) product per modality; the second
     layers are M K products of (D, D). `residual` adds the input to each view. With `recompute` backward computes the
     hidden layers again instead of keeping them, dropout drawn alike: M K U D numbers less, a third more products.
-    In training, products multiply numbers of `precision`; sums, parameters and views stay float32.
+    In training, products multiply numbers of `precision`; sums, parameters and views stay float32. With `kernels` the C++
+    kernels do it where they can: bfloat16 on a CPU with AMX, without dropout.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Experts(nn.Module):
         generator: torch.Generator,
         recompute: bool = False,
         precision: torch.dtype = torch.float32,
+        kernels: bool = False,
     ) -> None:
         super().__init__()
         M, K, D = num_modalities, num_experts, width
@@ -47,7 +50,8 @@ class Experts(nn.Module):
         self.second_LDD = nn.Parameter(uniform(M * K, D, D).data * (0.0 if residual else 2**-0.5))
         self.second_bias_LD = nn.Parameter(torch.zeros(M * K, D))
         self.dropout = nn.Dropout(dropout)
-        self.residual, self.num_experts, self.recompute, self.precision = residual, num_experts, recompute, precision
+        self.residual, self.num_experts, self.recompute = residual, num_experts, recompute
+        self.precision, self.kernels = precision, kernels
 
     def forward(self, x_MUD: Tensor) -> Tensor:
         """(M, U, D) to views (M, K, U, D).
@@ -59,6 +63,10 @@ class Experts(nn.Module):
         if self.first_MDH.shape[:2] != (M, D):
             raise ShapeError(f"Experts: x_MUD is ({M}, {U}, {D}), expected M and D of {tuple(self.first_MDH.shape[:2])}")
         x_MUD = x_MUD.to(self.first_MDH.dtype)
+        rounds = self.training and self.precision == torch.bfloat16
+        if self.kernels and rounds and not self.dropout.p and has_kernels(x_MUD):
+            parameters = (self.first_MDH, self.first_bias_MH, self.second_LDD, self.second_bias_LD)
+            return views_by_kernels(x_MUD, parameters, self.residual)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._views, x_MUD, use_reentrant=False)
         return self._views(x_MUD)

@@ -13,12 +13,6 @@
 #include <memory>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "products.h"
 
 using namespace mocme;
@@ -232,20 +226,6 @@ extern "C" {
 
 int64_t mocme_mine_pad() { return PAD; }
 
-// Whether this CPU has AMX with bfloat16 and the kernel lets this process use it; asks for that.
-int32_t mocme_has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  unsigned a, b, c, d;
-  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AVX512_BF16 = 1u << 5;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_BF16) || !(d & AMX_TILE)) return 0;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & AVX512_BF16)) return 0;
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-  return 0;
-#endif
-}
-
 // Fills trained, sides, next, exps, and adds to pair_sums and moments.
 void mocme_mine_forward(const Networks* networks) {
   const Networks& n = *networks;
@@ -256,7 +236,7 @@ void mocme_mine_forward(const Networks* networks) {
   Buffer<double> moments(n.threads * n.S * 2 * n.D, true), pairs(n.threads * 6 * n.P, true);
 #pragma omp parallel num_threads(n.threads)
   {
-    const Tiles tiles;
+    [[maybe_unused]] const Tiles tiles;
     Space space(n.H);
     Buffer<Element> rows(ROWS * n.D, true);
     Buffer<float> sides(ROWS * wide), sums(2 * n.D), row(n.D), statistic(ROWS);
@@ -322,7 +302,7 @@ void mocme_mine_backward(const Networks* networks) {
   Buffer<Element> sides(n.S * blocks * ROWS * wide);
 #pragma omp parallel num_threads(n.threads)
   {
-    const Tiles tiles;
+    [[maybe_unused]] const Tiles tiles;
     Space space(n.H);
     found[thread_number()] = std::make_unique<Sums>(n);
     Buffer<float> grad(n.S * ROWS * wide);

@@ -27,7 +27,7 @@ class ModelSettings(NamedTuple):
 
     compiled: training encodes by one compiled graph; evaluation never does, so that its vectors do not depend on it.
     precision: what products of projections and experts multiply in training; evaluation takes float32.
-    kernels: mutual information is estimated by the C++ kernels where they can run.
+    kernels: experts and estimates run by the C++ kernels where they can.
     """
 
     width: int = 256
@@ -77,7 +77,7 @@ class MoCME(nn.Module):
             )
         mixed = settings.experts == "mlp"
         self.experts = (
-            Experts(M, K, D, settings.experts_dropout, settings.residual, generator, settings.recompute, precision)
+            Experts(M, K, D, settings.experts_dropout, settings.residual, generator, settings.recompute, precision, settings.kernels)
             if mixed
             else NoExperts()
         )

@@ -46,10 +46,12 @@ def library(source: Path, instructions: str | None = None) -> ctypes.CDLL | None
 
     Args:
         source: the file; headers beside this module are found.
-        instructions: instruction set to build for; None is this machine's.
+        instructions: instruction set to build for; None is this machine's without AMX, which is taken only where it is
+            asked for, and None is the answer where this machine has none.
     """
     program = compiler()
-    if program is None:
+    # Not built before the CPU is known to have it: older compilers know no AMX, and would warn for nothing.
+    if program is None or (instructions == "AMX" and not has_amx()):
         return None
     include = Path(__file__).parent
     flags = (*_FLAGS, *_INSTRUCTIONS.get(instructions or instruction_set(), ()), f"-I{include}")
@@ -60,6 +62,13 @@ def library(source: Path, instructions: str | None = None) -> ctypes.CDLL | None
     except OSError as error:  # no folder to write in, or one whose libraries may not be run (noexec)
         log.warning("%s: cannot be built or loaded, the torch path runs in its place: %s", source.name, error)
         return None
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this process may multiply bfloat16 by AMX; the first call asks the system for it."""
+    found = library(Path(__file__).with_name("amx.cpp"))
+    return found is not None and bool(found.mocme_has_amx())
 
 
 def _load(source: Path, command: list[str], name: str) -> ctypes.CDLL | None:

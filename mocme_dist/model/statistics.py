@@ -55,11 +55,6 @@ class Pass(NamedTuple):
 @cache
 def _kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The library whose products have this type; None where it cannot run here."""
-    if dtype == torch.bfloat16:
-        plain = library(_SOURCE)
-        # Not built before the CPU is known to have it: older compilers know no AMX, and would warn for nothing.
-        if plain is None or not plain.mocme_has_amx():
-            return None
     found = library(_SOURCE, _INSTRUCTIONS[dtype])
     if found is not None:
         found.mocme_mine_pad.restype = ctypes.c_int64
