@@ -95,7 +95,7 @@ def _processes() -> Iterator[tuple[int, tuple[int, str]]]:
                 yield int(folder.name), (int(fields[1]), fields[19])
 
 
-def train_arguments(dataset: Path, run_dir: Path, *overrides: str) -> list[str]:
+def train_arguments(dataset: Path, run_dir: Path | str, *overrides: str) -> list[str]:
     """Of a run under Ray on a tiny data set."""
     paths = (f"data.dataset={json.dumps(str(dataset))}", f"run.dir={json.dumps(str(run_dir))}")
     return ["mocme_dist.train", "--set", *TINY, *LINES, "launch.mode=ray", "deepspeed.engine=deepspeed", *paths, *overrides]

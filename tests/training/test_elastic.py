@@ -1,4 +1,7 @@
-"""Rows 6 and 7 of the fault matrix: a simulated cluster of three nodes loses one, gets one back, and loses one for good."""
+"""Rows 6 and 7 of the fault matrix: a simulated cluster of three nodes loses one, gets one back, and loses one for good.
+
+The first run is at a URL, and each node has a cache of its own: ranks and launcher share nothing else.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,23 @@ import pytest
 from fault_harness import UNIFORM, Command, checkpoints, ranks, train_arguments
 from tiny_run import losses, tiny_config
 
+from mocme_dist.data.storage import Mirror
 from mocme_dist.train import train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 LAST = 270
 LENGTH = ("train.epochs=30", "train.checkpoint_steps=20", "train.eval_every=30", "train.checkpoint_every=30")
 SLOW = {"MOCME_TEST_SLOW_SYNC": "0.25"}
 
 
+def add_node(cluster: Any, folder: Path, name: str) -> None:
+    """A node of one CPU whose processes have a cache of their own."""
+    cluster.add_node(num_cpus=1, object_store_memory=80_000_000, env_vars={"MOCME_CACHE": str(folder / f"cache-{name}")})
+
+
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(tmp_path: Path) -> Iterator[Any]:
     """Three nodes of one CPU each on loopback; the driver lives on the first."""
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read when ray is imported
     from ray.cluster_utils import Cluster
@@ -33,6 +42,7 @@ def cluster() -> Iterator[Any]:
     folder = tempfile.mkdtemp(prefix="mocme-cluster-")  # not pytest's: paths of sockets may have 107 characters
     head = {
         "num_cpus": 1,
+        "env_vars": {"MOCME_CACHE": str(tmp_path / "cache-head")},
         "include_dashboard": False,
         "object_store_memory": 80_000_000,
         "temp_dir": folder,
@@ -40,8 +50,8 @@ def cluster() -> Iterator[Any]:
     }
     made = Cluster(initialize_head=True, connect=False, head_node_args=head)
     try:
-        for _ in range(2):
-            made.add_node(num_cpus=1, object_store_memory=80_000_000)
+        for name in "bc":
+            add_node(made, tmp_path, name)
         yield made
     finally:
         made.shutdown()
@@ -65,33 +75,39 @@ def not_head(cluster: Any, run_dir: Path) -> int:
     return next(sign["rank"] for sign in ranks(run_dir) if sign["node"] != cluster.head_node.node_id)
 
 
-def test_a_run_shrinks_and_grows_with_its_cluster_and_its_curve_does_not_show_it(featured_dataset, cluster, tmp_path):
+def test_a_run_shrinks_and_grows_with_its_cluster_and_its_curve_does_not_show_it(featured_dataset, cluster, tmp_path, monkeypatch):
     train(tiny_config(featured_dataset, tmp_path / "alone", *UNIFORM, *LENGTH))
     alone = losses(tmp_path / "alone")
     assert len(alone) == LAST
 
-    run_dir = tmp_path / "run"
-    where = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+    monkeypatch.setenv("MOCME_CACHE", str(tmp_path / "cache-head"))
+    url = f"file://{tmp_path}/bucket/run"
+    run_dir = Mirror(url).path  # on the launcher's node
+    where = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10", "MOCME_CACHE": os.environ["MOCME_CACHE"]}
     arguments = train_arguments(
-        featured_dataset, run_dir, *UNIFORM, *LENGTH, "launch.workers=[2,3]", "launch.resize_s=1", "launch.max_failures=2"
+        featured_dataset, url, *UNIFORM, *LENGTH, "launch.workers=[2,3]", "launch.resize_s=1", "launch.max_failures=2"
     )
     with Command(tmp_path, *arguments, **where, **SLOW) as command:
-        command.wait_for(lambda: working(run_dir, 3) and checkpoints(run_dir))
+        command.wait_for(lambda: working(run_dir, 3) and Mirror(url).listing("checkpoints/*/MANIFEST.json"))
         remove_rank(cluster, run_dir, not_head(cluster, run_dir))
         command.wait_for(lambda: working(run_dir, 2))
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+        add_node(cluster, tmp_path, "d")
         command.wait_for(lambda: working(run_dir, 3))
         code, last = command.end()
     text = command.text
     assert code == 0, text[-4000:]
     assert json.loads(last)["step"] == LAST
+    Mirror(url).pull("metrics.jsonl")
     assert losses(run_dir) == pytest.approx(alone, rel=1e-4)
-    resumed = re.findall(r"resuming from step (\d+) of 270 \(step_\d+\) with (\d) rank\(s\), saved by (\d)", text)
+    resumed = re.findall(r"resuming from step (\d+) of 270 \(step_\S+\) with (\d) rank\(s\), saved by (\d)", text)
     assert [(int(now), int(then)) for _, now, then in resumed] == [(2, 3), (3, 2)]
     # Growing saves first: no step is made twice.
     assert re.search(r"the cluster has room for 3 workers, 2 are running: saving, to go on with all", text)
     assert re.search(r"rank \d \(pid \d+ on \S+\) was lost at step \d+ .*; restart 1 of 2 from \S+/step_\d+", text)
     assert "Traceback" not in text
+    assert json.loads(Mirror(url).read("run_status.json") or b"")["state"] == "done"
+    for name in ("head", "b", "c", "d"):  # each node has written rows, and none has those of all
+        assert len({path.name for path in (tmp_path / f"cache-{name}").rglob("checkpoints/step_*/rows-*")}) in (0, 1, 2)
 
     # Row 7: nothing comes back.
     fixed = tmp_path / "fixed"
