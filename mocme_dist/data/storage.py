@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mocme_dist.data.files import atomic_path, read_json, write_json
-from mocme_dist.errors import ConfigError, DataError, StorageError
+from mocme_dist.errors import ConfigError, DataError, MocmeError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ class Mirror:
                 found |= self._found(f"{self.root}/{place}".rstrip("/"), whole)
         names: dict[str, str] = {}
         for full, info in sorted(found.items()):
+            if str(full).endswith("/"):
+                continue  # consoles of stores make empty objects to show a folder
             name = str(full).removeprefix(self.root).lstrip("/")
             if any(part in ("", ".", "..") for part in PurePosixPath(name).parts) or "\\" in name:
                 raise DataError(f"{self.url}: holds {full!r}, which is no name inside it")
@@ -189,7 +191,7 @@ class Mirror:
                     if self.files.exists(target):
                         return False
                     self.files.pipe_file(target, content)
-            except OSError:
+            except Exception:
                 # Stores have no common word for "there is one"; a read tells what it was.
                 if not new or self.read(name) is None:
                     raise
@@ -300,10 +302,12 @@ class Mirror:
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Errors of whatever store as one of ours."""
+        """Errors of whatever store as one of ours; what its library raises need be no OSError (botocore, aiohttp)."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
+        except MocmeError:
+            raise
+        except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StorageError(
                 f"{self.url}: could not be {what}: {reason}; check the address, the network and your rights there"

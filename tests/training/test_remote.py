@@ -301,24 +301,28 @@ def test_who_reads_beside_a_purge_takes_the_checkpoint_that_is_there_now(memory,
     assert not Mirror(memory).listing(gone[0])
 
 
-def break_store(monkeypatch: pytest.MonkeyPatch, first: int, last: float) -> list[str]:
+class Outage(Exception):
+    """As the libraries of stores raise them: no OSError."""
+
+
+def break_store(monkeypatch: pytest.MonkeyPatch, url: str, first: int, last: float) -> None:
     """From now on the sending of checkpoints' files fails from the `first` to before the `last` time."""
     calls: list[str] = []
-    put = Mirror.put
+    store = type(Mirror(url).files)
+    put = store.put_file
 
-    def failing(self: Mirror, local: Path, name: str) -> None:
-        if name.startswith("checkpoints/"):
+    def failing(self: Any, local: str, name: str, **kwargs: Any) -> None:
+        if "/checkpoints/" in name:
             calls.append(name)
             if first <= len(calls) < last:
-                raise StorageError(f"{self.url}: no answer")
-        put(self, local, name)
+                raise Outage("no answer")
+        put(self, local, name, **kwargs)
 
-    monkeypatch.setattr(Mirror, "put", failing)
-    return calls
+    monkeypatch.setattr(store, "put_file", failing)
 
 
 def test_a_store_that_fails_for_a_while_costs_warnings(memory, tiny_dataset, undisturbed, monkeypatch, caplog, tmp_path):
-    break_store(monkeypatch, 4, 9)  # the whole second checkpoint, and what follows
+    break_store(monkeypatch, memory, 4, 9)  # the whole second checkpoint, and what follows
     report = train(tiny_config(tiny_dataset, memory, *LINES, "train.epochs=5"))
     assert "is saved here and not there yet" in caplog.text
     assert (remote_losses(memory, tmp_path), report["mrr"]) == undisturbed[:2]
@@ -331,7 +335,7 @@ def test_a_store_that_fails_to_the_end_costs_an_error_and_the_same_command_sends
     machine("a")
     config = tiny_config(tiny_dataset, url, *LINES, "train.epochs=5")
     with monkeypatch.context() as patch:
-        break_store(patch, 4, float("inf"))
+        break_store(patch, url, 4, float("inf"))
         with pytest.raises(
             StorageError, match=r"does not take checkpoint step_0000000045-1-.*; it lies in .*cache-a/.*/unsent; run the same"
         ) as error:
@@ -349,7 +353,7 @@ def test_unsent_checkpoints_stay_where_another_machine_went_on(machine, tiny_dat
     machine("a")
     config = tiny_config(tiny_dataset, url, *LINES, "train.epochs=5")
     with monkeypatch.context() as patch, pytest.raises(StorageError):
-        break_store(patch, 4, float("inf"))
+        break_store(patch, url, 4, float("inf"))
         train(config)
     machine("b")
     assert train(config)["mrr"] == undisturbed[1]

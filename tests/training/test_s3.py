@@ -20,7 +20,7 @@ from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.packing import pack_folder
 from mocme_dist.data.storage import Mirror
 from mocme_dist.encoders.pipeline import extract_features
-from mocme_dist.errors import LockedError
+from mocme_dist.errors import LockedError, StorageError
 from mocme_dist.train import train
 from mocme_dist.training import lease as leases
 from mocme_dist.training import remote
@@ -101,10 +101,24 @@ def test_a_kill_before_a_manifest_loses_no_checkpoint(bucket, server, run_ranks,
     assert losses(Mirror(f"{bucket}/run").path) == losses(tmp_path / "run")
 
 
+def test_a_store_that_is_not_there_is_told(bucket, monkeypatch):
+    mirror = Mirror(f"{bucket}/run")
+    mirror.files.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"could not be listed: Could not connect to the endpoint URL: .*; check the address"):
+        Mirror(f"{bucket}/run").listing()
+    mirror.files.clear_instance_cache()
+
+
 def test_the_store_itself_makes_an_object_once_and_one_of_two_has_the_run(bucket, monkeypatch):
+    import boto3
+
     monkeypatch.setattr(leases, "BEAT_S", 0.1)
     monkeypatch.setattr(leases, "WATCH_S", 2.0)
     mirror = Mirror(f"{bucket}/run")
+    for folder in ("run/", "run/checkpoints/"):  # as a console makes them
+        boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key=folder, Body=b"")
+    assert mirror.listing() == {} and mirror.pull() == []
     assert mirror.write("lease/once", b"mine", new=True) and not mirror.write("lease/once", b"theirs", new=True)
     assert mirror.read("lease/once") == b"mine"
     with RunDirectory(f"{bucket}/run").lock(), pytest.raises(LockedError, match="is going on there"):
