@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+# On CPUs each new shape of a bfloat16 product is compiled first, for milliseconds: rows are filled up to a multiple of this.
+_ROWS = 256
+
 
 class Projection(nn.Module):
     """One modality's projection; raw features are standardised first with fixed statistics.
@@ -34,10 +37,12 @@ class Projection(nn.Module):
 
     def forward(self, raw_UF: Tensor) -> Tensor:
         """(U, F) raw features to (U, D)."""
-        own = self.first.weight.dtype
+        own, U = self.first.weight.dtype, len(raw_UF)
         low = self.precision if self.training and own == torch.float32 else own
-        standard_UF = ((raw_UF.float() - self.mean_F.float()) * self.scale_F.float()).to(low)
-        return self.dropout(_linear(self.second, torch.relu(_linear(self.first, standard_UF))).to(own))
+        standard_UF = (raw_UF.float() - self.mean_F.float()) * self.scale_F.float()
+        if low == torch.bfloat16 and standard_UF.device.type == "cpu":
+            standard_UF = nn.functional.pad(standard_UF, (0, 0, 0, -U % _ROWS))
+        return self.dropout(_linear(self.second, torch.relu(_linear(self.first, standard_UF.to(low))))[:U].to(own))
 
 
 def _linear(layer: nn.Linear, x_UF: Tensor) -> Tensor:
