@@ -15,7 +15,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -103,7 +103,9 @@ class Mirror:
     def _found(self, place: str, whole: bool) -> dict[str, Any]:
         """One file, or all below a folder; nothing where there is none."""
         try:
-            return self.files.find(place, detail=True) if not whole else {place: self.files.info(place)}
+            if whole:
+                return {place: self.files.info(place)}
+            return _walk(place) if self._renames else self.files.find(place, detail=True)
         except FileNotFoundError:
             return {}
 
@@ -318,6 +320,22 @@ def _start_of(pattern: str) -> tuple[str, bool]:
     """The folder below which a pattern can match, or, of a plain name, the name itself and True."""
     plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     return (pattern, True) if plain == pattern else (plain.rpartition("/")[0], False)
+
+
+def _walk(place: str) -> dict[str, Any]:
+    """Files below a folder of a disk. fsspec's own `find` shows a folder as empty when one file goes while it looks."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    found = {}
+    for folder, _, names in os.walk(place, onerror=failed):
+        for name in names:
+            with suppress(FileNotFoundError):
+                status = (Path(folder) / name).stat()
+                found[f"{folder}/{name}"] = {"size": status.st_size, "mtime": status.st_mtime}
+    return found
 
 
 def _protocols(files: Any) -> tuple[str, ...]:

@@ -51,6 +51,8 @@ class Held:
             LockedError: another run has taken over. StorageError: the storage does not answer.
         """
         number, owner = newest(mirror)
+        if number < self.number:
+            raise StorageError(f"{mirror.url}: {_name(self.number)} is not there, by which this run holds it; was it deleted?")
         if (number, owner.get("token")) != (self.number, self.token):
             raise LockedError(
                 f"{mirror.url}: taken over by {_who(owner)}; this run commits nothing there any more; "

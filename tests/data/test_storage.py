@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -114,7 +115,7 @@ def test_a_kind_of_url_without_its_package_says_what_to_install():
 
 def test_names_that_lead_outside_are_refused(url, monkeypatch):
     mirror = Mirror(url)
-    monkeypatch.setattr(mirror.files, "find", lambda *_, **__: {f"{mirror.root}/../../etc/passwd": {"size": 1}})
+    monkeypatch.setattr(mirror, "_found", lambda *_: {f"{mirror.root}/../../etc/passwd": {"size": 1}})
     with pytest.raises(DataError, match="no name inside it"):
         mirror.pull()
 
@@ -137,7 +138,7 @@ def test_several_who_pull_at_once_get_whole_files_and_fetch_each_once(url, monke
 
 def test_a_store_that_does_not_answer_is_told(url, monkeypatch):
     mirror = Mirror(url)
-    monkeypatch.setattr(mirror.files, "find", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("timed out")))
+    monkeypatch.setattr(mirror, "_found", lambda *_: (_ for _ in ()).throw(ConnectionError("timed out")))
     with pytest.raises(StorageError, match="could not be listed: timed out; check the address"):
         mirror.pull()
 
@@ -153,3 +154,30 @@ def test_a_cache_that_cannot_be_written_is_told(url, tmp_path, monkeypatch):
         (tmp_path / "cache").mkdir(mode=0o500)
         with pytest.raises(StorageError, match="set MOCME_CACHE"):
             Mirror(url).pull()
+
+
+def test_a_file_that_goes_while_a_disk_is_listed_hides_no_other(tmp_path, monkeypatch):
+    mirror = Mirror(f"file://{tmp_path}/remote")
+    for name in ("a/1", "a/2", "a/3"):
+        mirror.write(name, b"x")
+    stat = Path.stat
+
+    def late(self, **kwargs):
+        if self.name == "2":
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return stat(self, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", late)
+    assert list(mirror.listing()) == ["a/1", "a/3"]
+
+
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    mirror = Mirror(f"file://{tmp_path}/remote")
+    mirror.write("a/b", b"x")
+
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(StorageError, match=r"could not be listed: .*Permission denied"):
+        mirror.listing()

@@ -127,13 +127,10 @@ def undisturbed(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 # Checkpoints are of the steps 9, 18, 27, ...; two stay and the best. Each is sent as rows, dense, curve, manifest.
 KILLS = {
-    "first-part": ("put rows- 1", []),
     "between-parts": ("put dense 3", [9, 18]),
     "before-the-curve": ("put metrics.jsonl 5", [9, 18]),
     "before-the-manifest": ("put /MANIFEST.json 3", [9, 18]),
-    "in-the-purge": ("remove /MANIFEST.json 1", [9, 18, 27]),
     "in-the-purge-after-a-manifest": ("remove step_0000000009 2", [18, 27]),
-    "after-the-purge": ("put run_status.json 3", [18, 27]),
 }
 
 
