@@ -99,7 +99,7 @@ def train(config: Config) -> dict[str, Any]:
             directory.try_to_send(held, "run_status.json")
             raise
         directory.status("done", exit_code=0, **_where(directory))
-        directory.send(held, "run_status.json")
+        directory.insist_to_send(held, "run_status.json")
     return report
 
 

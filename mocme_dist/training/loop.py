@@ -73,7 +73,7 @@ def run_training(config: Config, stop: Stop | None = None, hooks: Hooks | None =
                 directory.try_to_send(held)
             raise
         if comm.rank == 0:
-            directory.send(held)
+            directory.insist_to_send(held)
         return report
 
 

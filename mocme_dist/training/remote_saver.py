@@ -25,6 +25,7 @@ from mocme_dist.data.storage import Mirror
 from mocme_dist.errors import CheckpointError, LockedError, MocmeError, StorageError
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.table import EntityTable
+from mocme_dist.training import rundir
 from mocme_dist.training.checkpoint import DENSE, MANIFEST, Saved, Saver, best_of, describe, step_name, write_parts
 from mocme_dist.training.engine_rows import EngineRows
 from mocme_dist.training.lease import Held, Lease
@@ -33,8 +34,6 @@ from mocme_dist.training.remote import FOLDER, NAME, choose, shown, size_of
 log = logging.getLogger(__name__)
 
 UNSENT = "unsent"
-# Waits between attempts to send, at the end of a run, what a store did not take before.
-RETRY_S = (0.0, 3.0, 15.0)
 
 
 def rewind(mirror: Mirror, lease: Lease, resume: str) -> None:
@@ -176,7 +175,7 @@ class RemoteSaver(Saver):
         Raises:
             StorageError: it still does not; with the folder where all of it lies.
         """
-        for pause in RETRY_S:
+        for pause in rundir.RETRY_S:
             time.sleep(pause if self.unsent else 0)
             if self._send():
                 return

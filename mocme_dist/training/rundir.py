@@ -28,6 +28,8 @@ from mocme_dist.training.lock import Lock
 
 log = logging.getLogger(__name__)
 
+# Waits between attempts to send, at the end of a run, what a store did not take before.
+RETRY_S = (0.0, 3.0, 15.0)
 # Files of a run beside its checkpoints; at a URL these are sent and fetched.
 _SMALL = ("config.yaml", "metrics.json", "metrics.jsonl", "run_status.json", "tensorboard/*")
 # What never leaves the machine that it is of, or goes in another way.
@@ -124,6 +126,23 @@ class RunDirectory:
             self.mirror.push(name for name in names if (self.path / name).is_file())
         else:
             self.mirror.push_tree(("run_status.json",), _STAYS, self._sent)
+
+    def insist_to_send(self, held: Held | None, *names: str) -> None:
+        """`send` at the end of a run, where a moment without the store must not cost it its report.
+
+        Raises:
+            LockedError: see `send`. StorageError: the last attempt failed, too; with the folder where all of it lies.
+        """
+        for number, pause in enumerate(RETRY_S, 1):
+            time.sleep(pause)
+            try:
+                self.send(held, *names)
+                return
+            except StorageError as error:
+                if number == len(RETRY_S):
+                    raise StorageError(
+                        f"{error}; all that was not sent lies in {self.path}; run the same command on this machine"
+                    ) from None
 
     def try_to_send(self, held: Held | None, *names: str) -> None:
         """`send`, where a failure is worth a warning and no more."""

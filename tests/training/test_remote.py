@@ -20,7 +20,7 @@ from mocme_dist.data.storage import Mirror
 from mocme_dist.errors import CheckpointError, ConfigError, LockedError, Preempted, StorageError
 from mocme_dist.train import config_of_run, train
 from mocme_dist.training import lease as leases
-from mocme_dist.training import remote, remote_saver
+from mocme_dist.training import remote, remote_saver, rundir
 from mocme_dist.training.loop import run_training
 from mocme_dist.training.rundir import RunDirectory
 
@@ -31,7 +31,7 @@ LINES = ("modalities=[structure]", "fusion.estimator=uniform", "train.log_every=
 def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("MOCME_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(leases, "SETTLE_S", 0.0)
-    monkeypatch.setattr(remote_saver, "RETRY_S", (0.0, 0.0))
+    monkeypatch.setattr(rundir, "RETRY_S", (0.0, 0.0))
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -90,7 +90,7 @@ def test_another_machine_goes_on_and_the_curve_does_not_show_it(url, machine, ti
 def run_with(comm: Any, dataset: Path, url: str, caches: list[str], overrides: tuple[str, ...], kill: str | None = None) -> dict[str, Any]:
     """Body of one rank: a training whose ranks have a cache each; `kill` names the write before which rank 0 is killed."""
     os.environ["MOCME_CACHE"] = caches[comm.rank]
-    leases.SETTLE_S, remote_saver.RETRY_S = 0.0, (0.0,)
+    leases.SETTLE_S, rundir.RETRY_S = 0.0, (0.0,)
     if kill and comm.rank == 0:
         _kill_before(*kill.split(" "))
     config = tiny_config(dataset, url, *LINES, *overrides)
@@ -296,6 +296,27 @@ def test_who_reads_beside_a_purge_takes_the_checkpoint_that_is_there_now(memory,
     monkeypatch.setattr(Mirror, "bring", slow)
     assert evaluate_there(memory)["mrr"] == undisturbed[1]
     assert not Mirror(memory).listing(gone[0])
+
+
+@pytest.mark.parametrize("failures", [1, 9])
+def test_the_end_of_a_run_outlasts_a_moment_without_the_store(memory, tiny_dataset, monkeypatch, failures):
+    put, calls = Mirror.put, []
+
+    def failing(self: Mirror, local: Path, name: str) -> None:
+        if name == "run_status.json" and json.loads(local.read_text())["state"] == "done":
+            calls.append(name)
+            if len(calls) <= failures:
+                raise StorageError("no answer")
+        put(self, local, name)
+
+    monkeypatch.setattr(Mirror, "put", failing)
+    config = tiny_config(tiny_dataset, memory, *LINES, "train.epochs=1")
+    if failures == 1:
+        train(config)
+        assert json.loads(Mirror(memory).read("run_status.json") or b"")["state"] == "done"
+        return
+    with pytest.raises(StorageError, match=r"no answer; what was not sent lies in .*; run the same command on this machine"):
+        train(config)
 
 
 class Outage(Exception):
