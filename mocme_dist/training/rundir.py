@@ -140,9 +140,7 @@ class RunDirectory:
                 return
             except StorageError as error:
                 if number == len(RETRY_S):
-                    raise StorageError(
-                        f"{error}; all that was not sent lies in {self.path}; run the same command on this machine"
-                    ) from None
+                    raise StorageError(f"{error}; what was not sent lies in {self.path}; run the same command on this machine") from None
 
     def try_to_send(self, held: Held | None, *names: str) -> None:
         """`send`, where a failure is worth a warning and no more."""
