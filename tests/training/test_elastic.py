@@ -24,7 +24,10 @@ from mocme_dist.train import train
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 LAST = 270
-LENGTH = ("train.epochs=30", "train.checkpoint_steps=20", "train.eval_every=30", "train.checkpoint_every=30")
+# Not the entropy classes: their weights jump at a threshold, and at step 156 here one negative stands so near to it that
+# a last digit, which world sizes differ by, moved it across in 3 of 12 runs.
+SMOOTH = "negatives.weighting=self_adversarial"
+LENGTH = ("train.epochs=30", "train.checkpoint_steps=20", "train.eval_every=30", "train.checkpoint_every=30", SMOOTH)
 SLOW = {"MOCME_TEST_SLOW_SYNC": "0.25"}
 
 
