@@ -88,8 +88,10 @@ def _shrunk(image: Image.Image, size: int) -> np.ndarray:
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         # on white, from colours multiplied by their opacity: c + (1 - a)
-        if image.mode not in ("La", "RGBa"):
-            image = image.convert("La" if image.mode == "LA" else "RGBA").convert("La" if image.mode == "LA" else "RGBa")
+        if image.mode == "LA":
+            image = image.convert("La")
+        elif image.mode not in ("La", "RGBa"):
+            image = image.convert("RGBA").convert("RGBa")
         pixels = resized(image).astype(np.int16)
         above, opacity = pixels[..., :-1], pixels[..., -1:]
         return np.broadcast_to(np.clip(above + 255 - opacity, 0, 255), (size, size, 3)).astype(np.uint8)

@@ -211,14 +211,13 @@ def _purge(directory: Path, keep: int) -> None:
     whole = []
     for path in _candidates(directory):
         try:
-            whole.append((path, verify(path, hashes=False).manifest.get("metric")))
+            whole.append(verify(path, hashes=False))
         except CheckpointError:
             continue  # torn: kept for the user to look at, and not counted
-    scored = [(metric, path) for path, metric in whole if metric is not None]
-    best = max(scored, key=lambda pair: pair[0])[1] if scored else None
-    for path, _ in whole[keep:]:
-        if path != best:
-            _remove(path)
+    kept = worth_keeping(whole, keep)
+    for saved in whole:
+        if saved not in kept:
+            _remove(saved.path)
 
 
 def rewind(directory: Path, resume: str) -> None:
@@ -278,6 +277,12 @@ def best_of(saved: Saved) -> tuple[bool, float, int]:
     """What the best checkpoint has the most of: a metric, the metric, steps."""
     metric = saved.manifest.get("metric")
     return metric is not None, metric or 0.0, saved.step
+
+
+def worth_keeping(whole: list[Saved], keep: int) -> list[Saved]:
+    """Of whole checkpoints, newest first, the `keep` newest and the best."""
+    best = max(whole, key=best_of, default=None)  # without any metric the newest
+    return [saved for place, saved in enumerate(whole) if place < keep or saved is best]
 
 
 def agree(directory: Path, resume: str, comm: Comm, best: bool = False) -> Saved | None:

@@ -26,7 +26,7 @@ from mocme_dist.errors import CheckpointError, LockedError, MocmeError, StorageE
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.training import rundir
-from mocme_dist.training.checkpoint import DENSE, MANIFEST, Saved, Saver, best_of, describe, step_name, write_parts
+from mocme_dist.training.checkpoint import DENSE, MANIFEST, Saved, Saver, describe, step_name, worth_keeping, write_parts
 from mocme_dist.training.engine_rows import EngineRows
 from mocme_dist.training.lease import Held, Lease
 from mocme_dist.training.remote import FOLDER, NAME, choose, shown, size_of
@@ -221,11 +221,11 @@ class RemoteSaver(Saver):
 
     def _forget_old(self) -> None:
         """Of what waits keep the newest ones and the best."""
-        best = max(self.unsent, key=lambda each: best_of(Saved(each.folder, each.manifest)))
-        for each in self.unsent[: -self.keep]:
-            if each is not best:
-                self.unsent.remove(each)
-                shutil.rmtree(each.folder, ignore_errors=True)
+        kept = worth_keeping([Saved(each.folder, each.manifest) for each in reversed(self.unsent)], self.keep)
+        folders = {saved.path for saved in kept}
+        for each in [each for each in self.unsent if each.folder not in folders]:
+            self.unsent.remove(each)
+            shutil.rmtree(each.folder, ignore_errors=True)
 
     def _purge(self) -> None:
         """Keep the newest checkpoints and the best, there and here."""
@@ -243,10 +243,7 @@ class RemoteSaver(Saver):
 
     def _purge_there(self) -> list[str]:
         whole = shown(self.mirror)
-        kept = {saved.path.name for saved in whole[: self.keep]}
-        scored = [saved for saved in whole if saved.manifest.get("metric") is not None]
-        if scored:
-            kept.add(max(scored, key=best_of).path.name)
+        kept = {saved.path.name for saved in worth_keeping(whole, self.keep)}
         doomed = [saved.path.name for saved in whole if saved.path.name not in kept]
         there = self.mirror.listing(f"{FOLDER}/step_*")
         names = {path.split("/")[1] for path in there}
