@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocme_dist.model.native import library
+from mocme_dist.model.native import call, library
 
 _SOURCE = Path(__file__).with_name("experts.cpp")
 
@@ -41,15 +41,6 @@ def has_kernels(x_MUD: Tensor) -> bool:
     return pad > 0 and x_MUD.shape[-1] % pad == 0
 
 
-def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
-    """A function of experts.cpp: arrays, sizes, number of threads."""
-    assert all(value.is_contiguous() for value in tensors), name
-    function = getattr(_kernels(), name)
-    function.restype = None
-    threads = ctypes.c_int32(torch.get_num_threads())
-    function(*(ctypes.c_void_p(value.data_ptr()) for value in tensors), *map(ctypes.c_int64, sizes), threads)
-
-
 class _Views(torch.autograd.Function):
     """Views of inputs and parameters; keeps those alone."""
 
@@ -59,7 +50,7 @@ class _Views(torch.autograd.Function):
         (M, U, D), K = x_MUD.shape, parameters[0].shape[2] // x_MUD.shape[2]
         tensors = tuple(value.contiguous() for value in (x_MUD, *parameters))
         views = torch.empty(M, K, U, D)
-        _call("mocme_experts_forward", (*tensors, views), (M, K, U, D, int(residual)))
+        call(_kernels(), "mocme_experts_forward", (*tensors, views), (M, K, U, D, int(residual)))
         ctx.save_for_backward(*tensors)
         ctx.residual = residual
         return views
@@ -69,7 +60,7 @@ class _Views(torch.autograd.Function):
         """Of the inputs and of the parameters."""
         tensors = ctx.saved_tensors
         grads = [torch.zeros_like(value) for value in tensors]
-        _call("mocme_experts_backward", (*tensors[:4], slope.contiguous(), *grads), (*slope.shape, int(ctx.residual)))
+        call(_kernels(), "mocme_experts_backward", (*tensors[:4], slope.contiguous(), *grads), (*slope.shape, int(ctx.residual)))
         return None, *grads
 
 

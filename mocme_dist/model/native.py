@@ -15,10 +15,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,22 @@ def library(source: Path, instructions: str | None = None) -> ctypes.CDLL | None
     except OSError as error:  # no folder to write in, or one whose libraries may not be run (noexec)
         log.warning("%s: cannot be built or loaded, the torch path runs in its place: %s", source.name, error)
         return None
+
+
+def call(kernels: ctypes.CDLL | None, name: str, arrays: Sequence[Tensor], sizes: Sequence[int], numbers: Sequence[float] = ()) -> None:
+    """A function of a kernel's library, by the order of arguments that most of ours have.
+
+    Args:
+        kernels: what `library` gave, and not None.
+        name: of the function.
+        arrays: contiguous tensors on the CPU, as pointers.
+        sizes, numbers: int64 and float32. The number of threads comes last, int32.
+    """
+    assert kernels is not None and all(array.is_contiguous() for array in arrays), name
+    function = getattr(kernels, name)
+    function.restype = None
+    pointers = (ctypes.c_void_p(array.data_ptr()) for array in arrays)
+    function(*pointers, *map(ctypes.c_int64, sizes), *map(ctypes.c_float, numbers), ctypes.c_int32(torch.get_num_threads()))
 
 
 @cache

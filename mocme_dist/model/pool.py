@@ -8,15 +8,13 @@ one node of a compiled graph.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mocme_dist.model.native import library
+from mocme_dist.model.native import call, library
 from mocme_dist.model.rotate import TINY, distance
 
 _SOURCE = Path(__file__).with_name("pool.cpp")
@@ -27,8 +25,7 @@ def _native_distance(query_GbD: Tensor, pool_GND: Tensor) -> Tensor:
     """(G, b, N) distances by the C++ kernel; float32, contiguous."""
     (G, b, D), N = query_GbD.shape, pool_GND.shape[1]
     out_GbN = query_GbD.new_empty(G, b, N)
-    addresses = (query_GbD.data_ptr(), pool_GND.data_ptr(), out_GbN.data_ptr())
-    _kernels("mocme_pool_distance", 3)(*addresses, G, b, N, D // 2, torch.get_num_threads())
+    call(library(_SOURCE), "mocme_pool_distance", (query_GbD, pool_GND, out_GbN), (G, b, N, D // 2))
     return out_GbN
 
 
@@ -41,18 +38,8 @@ def _native_pull(query_GbD: Tensor, pool_GND: Tensor, slope_GbN: Tensor) -> tupl
     slope_GbN = slope_GbN.contiguous()
     grad_query_GbD, grad_pool_GND = torch.empty_like(query_GbD), torch.empty_like(pool_GND)
     tensors = (query_GbD, pool_GND, slope_GbN, grad_query_GbD, grad_pool_GND)
-    _kernels("mocme_pool_pull", 5)(*(value.data_ptr() for value in tensors), G, b, N, D // 2, torch.get_num_threads())
+    call(library(_SOURCE), "mocme_pool_pull", tensors, (G, b, N, D // 2))
     return grad_query_GbD, grad_pool_GND
-
-
-@cache
-def _kernels(name: str, num_arrays: int) -> Callable[..., None]:
-    """A function of pool.cpp: so many arrays, then four sizes and the number of threads."""
-    found = library(_SOURCE)
-    assert found is not None, "has_kernels said so"
-    function = found[name]
-    function.argtypes, function.restype = [ctypes.c_void_p] * num_arrays + [ctypes.c_int64] * 4 + [ctypes.c_int32], None
-    return function
 
 
 @_native_distance.register_fake

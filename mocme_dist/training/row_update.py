@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from pathlib import Path
 
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
-from mocme_dist.model.native import library
+from mocme_dist.model.native import call, library
 from mocme_dist.parallel.optim import BETAS, EPSILON, RowUpdate
 
 _SOURCE = Path(__file__).with_name("rows.cpp")
@@ -23,16 +22,10 @@ def _update(
     kind: str, rows_rD: Tensor, state: dict[str, Tensor], rows_V: Tensor, grad_VD: Tensor, rate: float, decay: float, step: int
 ) -> None:
     """See `RowUpdate`."""
-    assert rows_rD.is_contiguous() and all(value.is_contiguous() for value in state.values())
     rows_V, grad_VD = rows_V.contiguous(), grad_VD.contiguous()
     names = ("first_moment", "second_moment") if kind == "adam" else ("square_sum",)
     numbers = [rate, decay]
     if kind == "adam":
         numbers += [1 - BETAS[0], 1 - BETAS[1], 1 - BETAS[0] ** step, math.sqrt(1 - BETAS[1] ** step)]
-    found = library(_SOURCE)
-    assert found is not None, "row_update said so"
-    function = found[f"mocme_rows_{kind}"]
-    function.restype = None
-    addresses = (value.data_ptr() for value in (rows_rD, *(state[name] for name in names), rows_V, grad_VD))
-    floats = (ctypes.c_float(number) for number in (*numbers, EPSILON[kind]))
-    function(*map(ctypes.c_void_p, addresses), *map(ctypes.c_int64, grad_VD.shape), *floats, ctypes.c_int32(get_num_threads()))
+    arrays = (rows_rD, *(state[name] for name in names), rows_V, grad_VD)
+    call(library(_SOURCE), f"mocme_rows_{kind}", arrays, tuple(grad_VD.shape), (*numbers, EPSILON[kind]))

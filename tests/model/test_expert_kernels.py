@@ -80,7 +80,7 @@ def test_threads_do_not_show():
 
 def test_where_they_cannot_run_torch_does(monkeypatch):
     """Dropout, widths that fill no tile, evaluation, and float32."""
-    monkeypatch.setattr(expert_kernels, "_call", None)
+    monkeypatch.setattr(expert_kernels, "call", None)
     assert run(experts(1, 2, 6, False, precision=torch.bfloat16, kernels=True), 5)
     assert run(experts(1, 2, 32, False, kernels=True), 5)
     assert run(experts(1, 2, 32, False, precision=torch.bfloat16, kernels=True).eval(), 5)
