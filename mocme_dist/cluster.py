@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from mocme_dist.errors import ConfigError
@@ -59,6 +60,15 @@ def keep_pages() -> None:
         return  # another C library: nothing to tune
     for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
         mallopt(parameter, value)
+
+
+def return_pages() -> None:
+    """Give the system the pages that the allocator keeps but nobody uses, between phases of different shapes.
+
+    What a step freed lies in pieces that a ranking's tensors do not fit into: without this a rank holds both.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def connect_ray(min_cpus: int, log_to_driver: bool = True, trains: bool = True, meanwhile: Callable[[], object] | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from mocme_dist.batching.loader import Prefetcher
 from mocme_dist.batching.sampler import key64
+from mocme_dist.cluster import return_pages
 from mocme_dist.config import Config, dump_config
 from mocme_dist.data.files import write_json
 from mocme_dist.errors import CheckpointError, ConfigError, DivergedError, Preempted, StorageError
@@ -110,6 +111,7 @@ def restore(worker: Worker, saved: checkpoint.Saved) -> None:
         CheckpointError: it was made with other settings, or its parts do not cover this rank's rows.
     """
     checkpoint.check_identity(saved, worker.identity)
+    return_pages()
     checkpoint.load_rows(saved, worker.table)
     worker.engine.load_state(checkpoint.load_dense(saved), worker.table.num_updates)
 

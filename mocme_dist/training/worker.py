@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mocme_dist.batching.batch import Batch, BatchMaker
 from mocme_dist.batching.sampler import QuerySampler, key64, mix64
+from mocme_dist.cluster import return_pages
 from mocme_dist.config import Config
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore
@@ -267,6 +268,7 @@ class Worker:
         """
         queries = split_queries(self.dataset.triples(split), limit)
         progress = Progress(f"evaluate {split}", len(queries.source), show and self.comm.rank == 0)
+        return_pages()
         encoder = self._encoder()
         self.model.eval()
         shard: EntityEncoder | RowShard = encoder
