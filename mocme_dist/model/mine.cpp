@@ -44,21 +44,23 @@ struct Networks {
   Element *trained, *sides;         // (S, T, D) standardised, (S, V, 2 H)
   int32_t* next;                    // (P, V) marginal partners; -1 where the pair is not present
   double* exps;                     // (P, T)
-  double *pair_sums, *moments;      // (6, P): rows, T, exp of those that train, then of those that estimate; (2, S, width)
+  double* sums;                     // (6, P): rows, T, exp of those that train, then of those that estimate; (S) rows; (2, S, width)
   const float *joint_slope, *marginal_slope;  // (P), of T and of exp T
   float *first_grad, *bias_grad, *second_grad, *second_bias_grad, *last_grad;
 };
 
 }  // extern "C"
 
-// Matrices packed for products, one after another.
+// Matrices packed for products, one after another; made by the threads of a parallel region together.
 struct Packed {
   Buffer<Element> data;
-  int64_t size;
-  Packed(const float* from, int64_t count, int64_t K, int64_t N, bool transposed) : data(count * K * N), size(K * N) {
-    for (int64_t i = 0; i < count; ++i) pack(data.data + i * size, from + i * size, K, N, transposed ? 1 : N, transposed ? K : 1);
+  int64_t count, K, N;
+  Packed(int64_t count, int64_t K, int64_t N) : data(count * K * N), count(count), K(K), N(N) {}
+  void take(const float* from, bool transposed) {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < count; ++i) pack(data.data + i * K * N, from + i * K * N, K, N, transposed ? 1 : N, transposed ? K : 1);
   }
-  const Element* at(int64_t i) const { return data.data + i * size; }
+  const Element* at(int64_t i) const { return data.data + i * K * N; }
 };
 
 // Where each row stands in the order of the kernels: those that train, then the others.
@@ -69,23 +71,21 @@ static std::vector<int64_t> place_rows(const Networks& n) {
   return place;
 }
 
-// The next row, cyclically, of each half's rows that have both views.
-static void shift_rows(const Networks& n, const std::vector<int64_t>& place) {
-  for (int64_t p = 0; p < n.P; ++p) {
-    int32_t* next = n.next + p * n.V;
-    const uint8_t *left = n.present + n.left[p] * n.V, *right = n.present + n.right[p] * n.V;
-    int64_t first[2] = {-1, -1}, last[2] = {-1, -1};
-    for (int64_t v = 0; v < n.V; ++v) {
-      const int64_t at = place[v], half = at >= n.T;
-      next[at] = -1;
-      if (!left[v] || !right[v]) continue;
-      if (last[half] >= 0) next[last[half]] = static_cast<int32_t>(at);
-      else first[half] = at;
-      last[half] = at;
-    }
-    for (int half = 0; half < 2; ++half)
-      if (last[half] >= 0) next[last[half]] = static_cast<int32_t>(first[half]);
+// The next row, cyclically, of each half's rows that have both views of pair p.
+static void shift_rows(const Networks& n, const std::vector<int64_t>& place, int64_t p) {
+  int32_t* next = n.next + p * n.V;
+  const uint8_t *left = n.present + n.left[p] * n.V, *right = n.present + n.right[p] * n.V;
+  int64_t first[2] = {-1, -1}, last[2] = {-1, -1};
+  for (int64_t v = 0; v < n.V; ++v) {
+    const int64_t at = place[v], half = at >= n.T;
+    next[at] = -1;
+    if (!left[v] || !right[v]) continue;
+    if (last[half] >= 0) next[last[half]] = static_cast<int32_t>(at);
+    else first[half] = at;
+    last[half] = at;
   }
+  for (int half = 0; half < 2; ++half)
+    if (last[half] >= 0) next[last[half]] = static_cast<int32_t>(first[half]);
 }
 
 // Standardised rows [first, first + count) of view s; adds to the sums of the present rows and of their squares.
@@ -190,14 +190,15 @@ static void add_row(float* to, const float* from, int64_t H) {
   for (int64_t h = 0; h < H; h += W) store(to + h, add(load(to + h), load(from + h)));
 }
 
-// The gradient of a right row that another block holds.
-struct Stray {
-  int64_t view, row;
-  std::vector<float> pull;
+// Gradients of right rows that another block holds: the last row of a block that has a pair is followed by one of them.
+struct Strays {
+  Buffer<int64_t> row;  // (blocks, P), -1 where there is none
+  Buffer<float> pull;   // (blocks, P, H)
+  Strays(int64_t blocks, const Networks& n) : row(blocks * n.P), pull(blocks * n.P * n.H) { std::fill_n(row.data, blocks * n.P, -1); }
 };
 
 // Gradients of the sides of one block of rows, (S, ROWS, 2 H), and what falls outside of it.
-static void pull_sides(float* grad, std::vector<Stray>& strays, Space& space, Sums& sums, const Networks& n, const Packed& second,
+static void pull_sides(float* grad, int64_t* stray_row, float* stray_pull, Space& space, Sums& sums, const Networks& n, const Packed& second,
                        const Packed& transposed, int64_t first, int64_t count) {
   const int64_t H = n.H;
   std::memset(grad, 0, n.S * ROWS * 2 * H * sizeof(float));
@@ -217,7 +218,7 @@ static void pull_sides(float* grad, std::vector<Stray>& strays, Space& space, Su
       add_row(grad + (n.left[p] * ROWS + i) * 2 * H, pull, H);
       const int64_t partner = marginal ? next[i] - first : i;
       if (partner >= 0 && partner < count) add_row(grad + (n.right[p] * ROWS + partner) * 2 * H + H, pull, H);
-      else strays.push_back({n.right[p], first + partner, {pull, pull + H}});
+      else stray_row[p] = next[i], std::memcpy(stray_pull + p * H, pull, H * sizeof(float));
     }
   }
 }
@@ -226,12 +227,11 @@ extern "C" {
 
 int64_t mocme_mine_pad() { return PAD; }
 
-// Fills trained, sides, next, exps, and adds to pair_sums and moments.
+// Fills trained, sides, next, exps, and adds to sums.
 void mocme_mine_forward(const Networks* networks) {
   const Networks& n = *networks;
   const std::vector<int64_t> place = place_rows(n);
-  shift_rows(n, place);
-  const Packed first(n.first, n.S, n.D, 2 * n.H, false), second(n.second, n.P, n.H, n.H, false);
+  Packed first(n.S, n.D, 2 * n.H), second(n.P, n.H, n.H);
   const int64_t blocks = (n.V + ROWS - 1) / ROWS, wide = 2 * n.H;
   Buffer<double> moments(n.threads * n.S * 2 * n.D, true), pairs(n.threads * 6 * n.P, true);
 #pragma omp parallel num_threads(n.threads)
@@ -241,6 +241,10 @@ void mocme_mine_forward(const Networks* networks) {
     Buffer<Element> rows(ROWS * n.D, true);
     Buffer<float> sides(ROWS * wide), sums(2 * n.D), row(n.D), statistic(ROWS);
     double *moment = moments.data + thread_number() * n.S * 2 * n.D, *pair = pairs.data + thread_number() * 6 * n.P;
+    first.take(n.first, false);
+    second.take(n.second, false);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < n.P; ++p) shift_rows(n, place, p);
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < n.S * blocks; ++item) {
       const int64_t s = item / blocks, begin = item % blocks * ROWS, count = std::min(ROWS, n.V - begin);
@@ -282,22 +286,58 @@ void mocme_mine_forward(const Networks* networks) {
     }
   }
   for (int64_t thread = 0; thread < n.threads; ++thread) {
-    for (int64_t at = 0; at < 6 * n.P; ++at) n.pair_sums[at] += pairs.data[thread * 6 * n.P + at];
+    double *rows = n.sums + 6 * n.P, *columns = rows + n.S;
+    for (int64_t at = 0; at < 6 * n.P; ++at) n.sums[at] += pairs.data[thread * 6 * n.P + at];
     for (int64_t s = 0; s < n.S; ++s)
       for (int64_t part = 0; part < 2; ++part)
         for (int64_t d = 0; d < n.width; ++d)
-          n.moments[(part * n.S + s) * n.width + d] += moments.data[((thread * n.S + s) * 2 + part) * n.D + d];
+          columns[(part * n.S + s) * n.width + d] += moments.data[((thread * n.S + s) * 2 + part) * n.D + d];
+    if (thread == 0)
+      for (int64_t s = 0; s < n.S; ++s) rows[s] += std::count(n.present + s * n.V, n.present + (s + 1) * n.V, 1);
   }
 }
 
-// Adds to the gradients, from what forward left and the slopes.
+// From sums over ranks, see Networks, to (3, P) information, log n and log E[exp T'], whether a pair has two rows, and (2, P)
+// 1 / n and 1 / (n E[exp T']); moves the averages: of exp T' (P), of each column's mean and deviation (S, D), their number (1).
+void mocme_mine_agree(const double* sums, float* mean_exp, float* center, float* deviation, float* updates, float* estimates, uint8_t* valid,
+                      double* slopes, int64_t S, int64_t P, int64_t D, int64_t bounded, int32_t) {
+  const double *rows = sums + 6 * P, *total = rows + S, *square = total + S * D;
+  for (int64_t s = 0; s < S; ++s) {
+    const float keep = rows[s] < 2 ? 1.0f : updates[0] > 0 ? 0.9f : 0.0f;
+    const double n = std::max(rows[s], 1.0);
+    for (int64_t at = s * D; at < (s + 1) * D; ++at) {
+      const double mean = total[at] / n, variance = square[at] / n - mean * mean;
+      center[at] = static_cast<float>(keep * center[at] + (1 - keep) * mean);
+      // Not std::max: what is not finite must be seen.
+      deviation[at] = static_cast<float>(keep * deviation[at] + (1 - keep) * std::sqrt(variance < 1e-12 ? 1e-12 : variance));
+    }
+  }
+  updates[0] += 1;
+  const auto at_least = [](double x, double least) { return x < least ? least : x; };
+  for (int64_t p = 0; p < P; ++p) {
+    const double trained = sums[p], count = sums[3 * P + p], n = at_least(count, 1);
+    const double log_mean_exp = std::log(at_least(sums[5 * P + p] / n, 1e-30));
+    double information = at_least(sums[4 * P + p] / n - log_mean_exp, 0);
+    if (bounded && information > std::log(n)) information = std::log(n);
+    if (trained > 0) {
+      const double fresh = sums[2 * P + p] / trained;
+      mean_exp[p] = static_cast<float>(mean_exp[p] == 0 ? fresh : 0.9 * mean_exp[p] + 0.1 * fresh);
+    }
+    estimates[p] = static_cast<float>(information), estimates[P + p] = static_cast<float>(std::log(n));
+    estimates[2 * P + p] = static_cast<float>(log_mean_exp);
+    valid[p] = count >= 2;
+    slopes[p] = 1 / at_least(trained, 1), slopes[P + p] = slopes[p] / at_least(mean_exp[p], 1e-30);
+  }
+}
+
+// Fills first_grad and adds to the other gradients, from what forward left and the slopes.
 void mocme_mine_backward(const Networks* networks) {
   const Networks& n = *networks;
-  const Packed second(n.second, n.P, n.H, n.H, false), transposed(n.second, n.P, n.H, n.H, true);
+  Packed second(n.P, n.H, n.H), transposed(n.P, n.H, n.H);
   const int64_t blocks = (n.T + ROWS - 1) / ROWS, wide = 2 * n.H;
   constexpr int64_t STRIP = 2 * PAD;  // columns of a view whose gradients fit the first cache
   const int64_t strips = (n.D + STRIP - 1) / STRIP;
-  std::vector<std::vector<Stray>> strays(blocks);
+  Strays strays(blocks, n);
   std::vector<std::unique_ptr<Sums>> found(n.threads);
   Buffer<Element> sides(n.S * blocks * ROWS * wide);
 #pragma omp parallel num_threads(n.threads)
@@ -307,24 +347,31 @@ void mocme_mine_backward(const Networks* networks) {
     found[thread_number()] = std::make_unique<Sums>(n);
     Buffer<float> grad(n.S * ROWS * wide);
     Buffer<Element> padded(ROWS * n.D);
+    second.take(n.second, false);
+    transposed.take(n.second, true);
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = block * ROWS, count = std::min(ROWS, n.T - begin);
-      pull_sides(grad.data, strays[block], space, *found[thread_number()], n, second, transposed, begin, count);
+      pull_sides(grad.data, strays.row.data + block * n.P, strays.pull.data + block * n.P * n.H, space, *found[thread_number()], n, second, transposed, begin, count);
       for (int64_t s = 0; s < n.S; ++s) pack(sides.data + (s * blocks + block) * ROWS * wide, grad.data + s * ROWS * wide, ROWS, wide, wide, 1);
     }
-#pragma omp single
-    for (const auto& block : strays)
-      for (const Stray& stray : block) {
-        Element* to = sides.data + (stray.view * blocks + stray.row / ROWS) * ROWS * wide;
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < n.S; ++s)
+      for (int64_t at = 0; at < blocks * n.P; ++at) {
+        const int64_t row = strays.row.data[at];
+        if (row < 0 || n.right[at % n.P] != s) continue;
+        Element* to = sides.data + (s * blocks + row / ROWS) * ROWS * wide;
         for (int64_t h = 0; h < n.H; ++h) {
-          Element& place = to[packed_place(stray.row % ROWS, n.H + h, ROWS)];
-          place = as_element(as_float(place) + stray.pull[h]);
+          Element& place = to[packed_place(row % ROWS, n.H + h, ROWS)];
+          place = as_element(as_float(place) + strays.pull.data[at * n.H + h]);
         }
       }
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < n.S * strips; ++item) {
       const int64_t s = item / strips, d = item % strips * STRIP, columns = std::min(STRIP, n.D - d);
+      float* grad = n.first_grad + (s * n.D + d) * wide;
+      std::memset(grad, 0, columns * wide * sizeof(float));
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t begin = block * ROWS, count = std::min(ROWS, n.T - begin);
         const Element* rows = n.trained + (s * n.T + begin) * n.D;
@@ -333,7 +380,7 @@ void mocme_mine_backward(const Networks* networks) {
           std::memcpy(static_cast<void*>(padded.data), rows, count * n.D * sizeof(Element));
           rows = padded.data;
         }
-        accumulate(n.first_grad + (s * n.D + d) * wide, rows + d, n.D, columns, sides.data + (s * blocks + block) * ROWS * wide, wide);
+        accumulate(grad, rows + d, n.D, columns, sides.data + (s * blocks + block) * ROWS * wide, wide);
       }
     }
   }

@@ -49,13 +49,28 @@ class Found(NamedTuple):
     """What this rank's rows say.
 
     Attributes:
-        sums: flat, float64, added up over ranks: number of the rows that train, their sum of exp T', number of those
-            that estimate, their sums of T and of exp T', each (P,); then what `_moments` says.
+        sums: flat, float64, added up over ranks: number, sum of T and sum of exp T' of the rows that train, then of those
+            that estimate, each (P,); then what `_moments` says.
         loss: from 1 / n and 1 / (n E[exp T']) of each pair, over all ranks, to the loss of this rank's share.
     """
 
     sums: Tensor
     loss: Callable[[Tensor, Tensor], Tensor]
+
+
+class Agreed(NamedTuple):
+    """What the sums over ranks say, float64 or float32; the fields of MineEstimate, and the slopes of the loss.
+
+    Attributes:
+        weight_P: 1 / n of the rows that train. slope_P: that divided by the average of E[exp T'].
+    """
+
+    information_P: Tensor
+    log_n_P: Tensor
+    log_mean_exp_P: Tensor
+    valid_P: Tensor
+    weight_P: Tensor
+    slope_P: Tensor
 
 
 def pairs_within(num_modalities: int, num_experts: int) -> list[tuple[int, int]]:
@@ -232,24 +247,31 @@ class Mine(nn.Module):
             reduce: adds a tensor over ranks.
             bounded, clip: see the mine section of the configuration.
         """
-        view_SVD, P = view_SVD.detach(), len(self.mean_exp_P)
-        by_kernels = self.kernels and statistics.has_kernels(view_SVD, self.dtype)
+        view_SVD = view_SVD.detach()
+        by_kernels = self.kernels and statistics.has_kernels(view_SVD, self.dtype) and self.center_SD.dtype == torch.float32
         found = (self._by_kernels if by_kernels else self._by_torch)(view_SVD, present_SV, held_out_V, bounded, clip)
         with torch.no_grad():
             # One reduction for everything that ranks must agree on.
             reduced = reduce(found.sums)
-            trained_P, train_exp_P, count_P, joint_P, exp_P = reduced[: 5 * P].view(5, P)
-            self._follow_views(reduced[5 * P :])
-            n_P = count_P.clamp_min(1)
-            log_mean_exp_P = torch.log((exp_P / n_P).clamp_min(1e-30))
-            information_P = (joint_P / n_P - log_mean_exp_P).clamp_min(0)
-            if bounded:
-                information_P = torch.minimum(information_P, n_P.log())
-            self._average(train_exp_P / trained_P.clamp_min(1), trained_P > 0)
-            weight_P = 1 / trained_P.clamp_min(1)
-            slope_P = weight_P / self.mean_exp_P.clamp_min(1e-30)
-        loss = found.loss(weight_P, slope_P)
-        return MineEstimate(loss.float(), information_P.float(), n_P.log().float(), log_mean_exp_P.float(), count_P >= 2)
+            agreed = Agreed(*statistics.agree(reduced, *self._averages, bounded)) if by_kernels else self._agree(reduced, bounded)
+        loss = found.loss(agreed.weight_P, agreed.slope_P)
+        information_P, log_n_P, log_mean_exp_P = (value.float() for value in agreed[:3])
+        return MineEstimate(loss.float(), information_P, log_n_P, log_mean_exp_P, agreed.valid_P)
+
+    def _agree(self, reduced: Tensor, bounded: bool) -> Agreed:
+        """From the sums over ranks; moves the averages. What the kernel of the same name does."""
+        P = len(self.mean_exp_P)
+        trained_P, _, train_exp_P, count_P, joint_P, exp_P = reduced[: 6 * P].view(6, P)
+        self._follow_views(reduced[6 * P :])
+        n_P = count_P.clamp_min(1)
+        log_mean_exp_P = torch.log((exp_P / n_P).clamp_min(1e-30))
+        information_P = (joint_P / n_P - log_mean_exp_P).clamp_min(0)
+        if bounded:
+            information_P = torch.minimum(information_P, n_P.log())
+        self._average(train_exp_P / trained_P.clamp_min(1), trained_P > 0)
+        weight_P = 1 / trained_P.clamp_min(1)
+        slope_P = weight_P / self.mean_exp_P.clamp_min(1e-30)
+        return Agreed(information_P, n_P.log(), log_mean_exp_P, count_P >= 2, weight_P, slope_P)
 
     def _by_torch(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, bounded: bool, clip: float) -> Found:
         compiled = self.compiled and vary([view_SVD, present_SV], 1) and vary([held_out_V], 0)
@@ -277,14 +299,18 @@ class Mine(nn.Module):
             self.dtype,
             clip if bounded else math.inf,
         )
-        trained_P, joint_P, exp_P, *estimated = rows.pair_sums
-        sums = torch.cat([trained_P, exp_P, *estimated, present_SV.sum(1), rows.moments_2SD.flatten()])
+        P = len(self.mean_exp_P)
+        joint_P, exp_P = rows.sums[P : 2 * P], rows.sums[2 * P : 3 * P]
 
         def loss(weight_P: Tensor, slope_P: Tensor) -> Tensor:
-            value = (exp_P * slope_P - joint_P * weight_P).sum()
+            value = (exp_P.dot(slope_P) - joint_P.dot(weight_P)).float()
             return statistics.with_gradient(value, -weight_P, slope_P, rows, parameters)
 
-        return Found(sums, loss)
+        return Found(rows.sums, loss)
+
+    @property
+    def _averages(self) -> tuple[Tensor, ...]:
+        return self.mean_exp_P, self.center_SD, self.deviation_SD, self.num_updates
 
     @property
     def dtype(self) -> torch.dtype:
@@ -334,11 +360,9 @@ def _statistics(
     exp_PV = clipped_PV.detach().double().exp()
     estimated_PV = joint_PV.detach()
     sums_P = [
-        train_PV.sum(1),
-        (exp_PV * train_PV).sum(1),
-        estimate_PV.sum(1),
-        (estimated_PV * estimate_PV).sum(1),
-        (exp_PV * estimate_PV).sum(1),
+        value_P
+        for rows_PV in (train_PV, estimate_PV)
+        for value_P in (rows_PV.sum(1), (estimated_PV * rows_PV).sum(1), (exp_PV * rows_PV).sum(1))
     ]
     sums = torch.cat([torch.stack([value.double() for value in sums_P]).flatten(), _moments(view_SVD, present_SV)])
     return joint_PV, marginal_PV, exp_PV, train_PV, sums

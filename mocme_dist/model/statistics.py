@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mocme_dist.model.native import library
+from mocme_dist.model.native import call, library
 
 _SOURCE = Path(__file__).with_name("mine.cpp")
 _INSTRUCTIONS = {torch.float32: None, torch.bfloat16: "AMX"}
 _SIZES = ("S", "V", "T", "P", "D", "H", "width", "threads", "halves", "low")
 _VIEWS = ("view", "present", "held_out", "center", "inverse", "left", "right")
 _PARAMETERS = ("first", "bias", "second", "second_bias", "last")
-_FOUND = ("trained", "sides", "next", "exps", "pair_sums", "moments")
+_FOUND = ("trained", "sides", "next", "exps", "sums")
 _SLOPES = ("joint_slope", "marginal_slope")
 _ARRAYS = (*_VIEWS, *_PARAMETERS, *_FOUND, *_SLOPES, *(f"{name}_grad" for name in _PARAMETERS))
 
@@ -39,13 +39,11 @@ class Pass(NamedTuple):
     """What forward leaves.
 
     Attributes:
-        pair_sums: (6, P) float64: number, sum of T and sum of exp T' of the rows that train, then of those that estimate.
-        moments_2SD: sums of the present rows of each view and of their squares, float64.
+        sums: flat float64, as `Found.sums` of mine: (6, P), then (S,) numbers of present rows and (2, S, D) moments.
         sizes, arrays, dtype, clip: for backward.
     """
 
-    pair_sums: Tensor
-    moments_2SD: Tensor
+    sums: Tensor
     sizes: dict[str, int]
     arrays: dict[str, Tensor]
     dtype: torch.dtype
@@ -106,10 +104,21 @@ def forward(
     given = (view_SVD.contiguous(), present_SV.contiguous(), held_out_V.contiguous(), center_SD, deviation_SD.reciprocal(), *pairs)
     trained, sides = torch.empty(S, T, D, dtype=dtype), torch.empty(S, V, 2 * H, dtype=dtype)
     found = (trained, sides, torch.empty(P, V, dtype=torch.int32), torch.empty(P, T, dtype=torch.float64))
-    sums = torch.zeros(6, P, dtype=torch.float64), torch.zeros(2, S, width, dtype=torch.float64)
-    arrays = dict(zip((*_VIEWS, *_PARAMETERS, *_FOUND), (*given, *_pad(parameters, D, H), *found, *sums), strict=True))
+    sums = torch.zeros(6 * P + S + 2 * S * width, dtype=torch.float64)
+    arrays = dict(zip((*_VIEWS, *_PARAMETERS, *_FOUND), (*given, *_pad(parameters, D, H), *found, sums), strict=True))
     _run("mocme_mine_forward", dtype, sizes, clip, arrays)
-    return Pass(*sums, sizes, {name: arrays[name] for name in ("left", "right", *_FOUND)}, dtype, clip)
+    return Pass(sums, sizes, {name: arrays[name] for name in ("left", "right", *_FOUND)}, dtype, clip)
+
+
+def agree(
+    sums: Tensor, mean_exp_P: Tensor, center_SD: Tensor, deviation_SD: Tensor, num_updates: Tensor, bounded: bool
+) -> tuple[Tensor, ...]:
+    """Fields of `Agreed` from sums over ranks, as `Mine._agree`; moves the averages, which are float32."""
+    (S, D), P = center_SD.shape, len(mean_exp_P)
+    estimates_3P, valid_P, slopes_2P = torch.empty(3, P), torch.empty(P, dtype=torch.bool), torch.empty(2, P, dtype=torch.float64)
+    arrays = (sums, mean_exp_P, center_SD, deviation_SD, num_updates, estimates_3P, valid_P, slopes_2P)
+    call(_kernels(torch.float32), "mocme_mine_agree", arrays, (S, P, D, int(bounded)))
+    return *estimates_3P, valid_P, *slopes_2P
 
 
 class _Value(torch.autograd.Function):
@@ -129,7 +138,8 @@ class _Value(torch.autograd.Function):
         found: Pass = ctx.found
         D, H = found.sizes["D"], found.sizes["H"]
         padded = _pad(parameters, D, H)
-        grads = [torch.zeros_like(value) for value in padded]
+        # The kernel clears the largest itself, piece by piece as it fills it.
+        grads = [torch.empty_like(padded[0]), *(torch.zeros_like(value) for value in padded[1:])]
         slopes = [(slope * value).float().contiguous() for value in (joint_P, marginal_P)]
         names = (*_PARAMETERS, *_SLOPES, *(f"{name}_grad" for name in _PARAMETERS))
         arrays = found.arrays | dict(zip(names, (*padded, *slopes, *grads), strict=True))
