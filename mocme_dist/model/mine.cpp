@@ -88,31 +88,31 @@ static void shift_rows(const Networks& n, const std::vector<int64_t>& place, int
     if (last[half] >= 0) next[last[half]] = static_cast<int32_t>(first[half]);
 }
 
+// Numbers of a view, which are float32 or bfloat16.
+inline Vec take(const float* p) { return load(p); }
+inline Vec take(const Low* p) { return load_low(p); }
+inline float take_one(const float* p) { return *p; }
+inline float take_one(const Low* p) { return low_float(*p); }
+
 // Standardised rows [first, first + count) of view s; adds to the sums of the present rows and of their squares.
-static void standardise_block(Element* out, float* sums, float* row, const Networks& n, int64_t s, int64_t first, int64_t count) {
+template <typename View>
+static void standardise_block(Element* out, float* sums, const Networks& n, int64_t s, int64_t first, int64_t count) {
   float *total = sums, *square = sums + n.D;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = s * n.V + first + i;
-    const float* from = static_cast<const float*>(n.view) + at * n.width;
-    if (n.low) {
-      const uint16_t* bits = static_cast<const uint16_t*>(n.view) + at * n.width;
-      for (int64_t d = 0; d < n.width; ++d) {
-        const uint32_t whole = static_cast<uint32_t>(bits[d]) << 16;
-        std::memcpy(row + d, &whole, sizeof whole);
-      }
-      from = row;
-    }
+    const View* from = static_cast<const View*>(n.view) + at * n.width;
     const float present = n.present[at] ? 1.0f : 0.0f;
     const float *center = n.center + s * n.width, *inverse = n.inverse + s * n.width;
     int64_t d = 0;
     for (; d + W <= n.width; d += W) {
-      const Vec x = load(from + d), counted = mul(fill(present), x);
+      const Vec x = take(from + d), counted = mul(fill(present), x);
       store(total + d, add(load(total + d), counted)), store(square + d, fma(counted, x, load(square + d)));
       store(out + i * n.D + d, mul(sub(x, load(center + d)), load(inverse + d)));
     }
     for (; d < n.width; ++d) {
-      total[d] += present * from[d], square[d] += present * from[d] * from[d];
-      out[i * n.D + d] = as_element((from[d] - center[d]) * inverse[d]);
+      const float x = take_one(from + d);
+      total[d] += present * x, square[d] += present * x * x;
+      out[i * n.D + d] = as_element((x - center[d]) * inverse[d]);
     }
   }
 }
@@ -239,7 +239,7 @@ void mocme_mine_forward(const Networks* networks) {
     [[maybe_unused]] const Tiles tiles;
     Space space(n.H);
     Buffer<Element> rows(ROWS * n.D, true);
-    Buffer<float> sides(ROWS * wide), sums(2 * n.D), row(n.D), statistic(ROWS);
+    Buffer<float> sides(ROWS * wide), sums(2 * n.D), statistic(ROWS);
     double *moment = moments.data + thread_number() * n.S * 2 * n.D, *pair = pairs.data + thread_number() * 6 * n.P;
     first.take(n.first, false);
     second.take(n.second, false);
@@ -249,7 +249,7 @@ void mocme_mine_forward(const Networks* networks) {
     for (int64_t item = 0; item < n.S * blocks; ++item) {
       const int64_t s = item / blocks, begin = item % blocks * ROWS, count = std::min(ROWS, n.V - begin);
       std::memset(sums.data, 0, 2 * n.D * sizeof(float));
-      standardise_block(rows.data, sums.data, row.data, n, s, begin, count);
+      (n.low ? standardise_block<Low> : standardise_block<float>)(rows.data, sums.data, n, s, begin, count);
       for (int64_t d = 0; d < 2 * n.D; ++d) moment[s * 2 * n.D + d] += sums.data[d];
       multiply(sides.data, rows.data, first.at(s), n.D, wide);
       for (int64_t i = 0; i < count; ++i) {
@@ -270,8 +270,9 @@ void mocme_mine_forward(const Networks* networks) {
           const bool there = n.next[p * n.V + v] >= 0, trains = v < n.T;
           double value = statistic.data[i];
           if (marginal) {
-            // In double: without the clip, exp of a diverging T must not overflow before anybody has seen it.
-            value = there ? std::exp(std::min(std::max(value, -n.clip), n.clip)) : 0.0;
+            // In double where it may be large: exp of a diverging T must not overflow before anybody has seen it.
+            const double clipped = std::min(std::max(value, -n.clip), n.clip);
+            value = !there ? 0.0 : n.clip < 80 ? std::exp(static_cast<float>(clipped)) : std::exp(clipped);
             if (trains) n.exps[p * n.T + v] = value;
           }
           if (!there) continue;

@@ -47,21 +47,12 @@ constexpr int64_t ROWS = 32;
 
 #if defined(__AMX_BF16__)
 
-struct Element {
-  uint16_t bits;  // bfloat16
-};
+using Element = Low;
 constexpr int64_t PAD = 32;
 
-inline Vec load(const Element* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
-}
+inline Vec load(const Element* p) { return load_low(p); }
 inline void store(Element* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a))); }
-inline float as_float(Element x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
+inline float as_float(Element x) { return low_float(x); }
 // Rounds to nearest, ties to even, as the vector form; NaN stays one.
 inline Element as_element(float x) {
   uint32_t bits;

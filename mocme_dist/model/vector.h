@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -122,6 +123,29 @@ inline Vec inverse_modulus(Vec re, Vec im) {
     return each([&](int i) { return 1.0f / std::sqrt(s.lane[i]); });
 }
 
+#endif
+
+// bfloat16, the upper half of a float32.
+struct Low {
+    uint16_t bits;
+};
+inline float low_float(Low x) {
+    const uint32_t whole = static_cast<uint32_t>(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &whole, sizeof out);
+    return out;
+}
+// LANES of them.
+#if defined(__AVX512F__)
+inline Vec load_low(const Low* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+#elif defined(__AVX2__)
+inline Vec load_low(const Low* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+#else
+inline Vec load_low(const Low* p) { return each([=](int i) { return low_float(p[i]); }); }
 #endif
 
 }  // namespace mocme
