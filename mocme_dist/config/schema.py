@@ -32,6 +32,7 @@ __all__ = [
 
 MODALITIES = ("structure", "text", "image", "numeric", "audio", "video")
 Modality = Literal["structure", "text", "image", "numeric", "audio", "video"]
+Precision = Literal["float32", "bfloat16x3", "bfloat16"]
 
 
 def _check_dev(value: str) -> str:
@@ -148,10 +149,9 @@ class MineConfig(Section):
     clip: float = Field(10.0, gt=0, description="With bounded: |T| is clipped to this inside the exponential (SMILE).")
     every: int = Field(1, ge=1, description="Estimate and train the networks at every n-th step.")
     rows: int = Field(0, ge=0, description="Use at most this many rows of a rank's batch for the estimate; 0 uses all.")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "float32",
-        description="Of what the networks' products multiply in training; sums and parameters stay float32. bfloat16 is fast where the "
-        "hardware has it (GPUs, CPUs with AMX) and slow on other CPUs.",
+        description="Of what the networks' products multiply in training; sums and parameters stay float32. See train.precision.",
     )
 
 
@@ -208,10 +208,11 @@ class TrainConfig(Section):
     epochs: int = Field(1000, ge=1, description="Passes over all queries: each triple is two queries (paper: 1000).")
     batch_size: int = Field(1024, ge=1, description="Queries per step, over all ranks (paper: 1024).")
     learning_rate: float = Field(1e-3, gt=0, description="Of the dense parameters.")
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "float32",
         description="Of what products of projections and experts multiply in training; sums, parameters, distances and evaluation stay "
-        "float32. bfloat16 is fast where the hardware has it (GPUs, CPUs with AMX or AVX512-BF16) and slow on other CPUs.",
+        "float32. bfloat16 is fast where the hardware has it (GPUs, CPUs with AMX or AVX512-BF16) and slow on other CPUs. bfloat16x3 "
+        "multiplies numbers of 16 bits in three products of bfloat16: experts and statistics networks on CPUs with AMX, float32 elsewhere.",
     )
     structure_dropout: float = Field(
         0.0,
@@ -347,7 +348,7 @@ class Config(Section):
             raise ValueError("modalities is empty; expected at least one of " + ", ".join(MODALITIES))
         if self.experts.kind == "identity" and self.experts.num_experts != 1:
             raise ValueError(f"experts.num_experts is {self.experts.num_experts}, but views of kind identity would be equal; set it to 1")
-        if self.deepspeed.bf16 and "bfloat16" in (self.train.precision, self.mine.precision):
+        if self.deepspeed.bf16 and {self.train.precision, self.mine.precision} != {"float32"}:
             raise ValueError(
                 "deepspeed.bf16 makes parameters bfloat16, train.precision and mine.precision keep them float32; set one or the other"
             )

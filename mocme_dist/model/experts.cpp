@@ -17,7 +17,7 @@ constexpr int64_t CHUNK = 16 * ROWS;  // rows of an expert that a thread takes a
 template <typename T>
 struct Buffer {
   T* data;
-  explicit Buffer(int64_t count) : data(static_cast<T*>(std::aligned_alloc(64, count * sizeof(T) / 64 * 64 + 64))) {}
+  explicit Buffer(int64_t count) : data(static_cast<T*>(std::aligned_alloc(ALIGN, count * sizeof(T) / ALIGN * ALIGN + ALIGN))) {}
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;
 };

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mocme_dist.errors import ShapeError
 from mocme_dist.model.expert_kernels import has_kernels, views_by_kernels
+from mocme_dist.model.precision import torch_type
 
 
 class NoExperts(nn.Module):
@@ -25,7 +26,7 @@ class Experts(nn.Module):
     layers are M K products of (D, D). `residual` adds the input to each view. With `recompute` backward computes the
     hidden layers again instead of keeping them, dropout drawn alike: M K U D numbers less, a third more products.
     In training, products multiply numbers of `precision`; sums, parameters and views stay float32. With `kernels` the C++
-    kernels do it where they can: bfloat16 on a CPU with AMX, without dropout.
+    kernels do it where they can: bfloat16 and bfloat16x3 on a CPU with AMX, without dropout.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Experts(nn.Module):
         residual: bool,
         generator: torch.Generator,
         recompute: bool = False,
-        precision: torch.dtype = torch.float32,
+        precision: str = "float32",
         kernels: bool = False,
     ) -> None:
         super().__init__()
@@ -63,17 +64,16 @@ class Experts(nn.Module):
         if self.first_MDH.shape[:2] != (M, D):
             raise ShapeError(f"Experts: x_MUD is ({M}, {U}, {D}), expected M and D of {tuple(self.first_MDH.shape[:2])}")
         x_MUD = x_MUD.to(self.first_MDH.dtype)
-        rounds = self.training and self.precision == torch.bfloat16
-        if self.kernels and rounds and not self.dropout.p and has_kernels(x_MUD):
+        if self.kernels and self.training and not self.dropout.p and has_kernels(x_MUD, self.precision):
             parameters = (self.first_MDH, self.first_bias_MH, self.second_LDD, self.second_bias_LD)
-            return views_by_kernels(x_MUD, parameters, self.residual)
+            return views_by_kernels(x_MUD, parameters, self.precision, self.residual)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._views, x_MUD, use_reentrant=False)
         return self._views(x_MUD)
 
     def _views(self, x_MUD: Tensor) -> Tensor:
         (M, U, D), K = x_MUD.shape, self.num_experts
-        low = self.precision if self.training and x_MUD.dtype == torch.float32 else x_MUD.dtype
+        low = torch_type(self.precision) if self.training and x_MUD.dtype == torch.float32 else x_MUD.dtype
         first_bias_MH, first_MDH, second_bias_LD, second_LDD = (
             p.to(low) for p in (self.first_bias_MH, self.first_MDH, self.second_bias_LD, self.second_LDD)
         )

@@ -81,7 +81,7 @@ class PairInformation(nn.Module):
         super().__init__()
         self.settings, self.num_pairs = settings, len(pairs)
         if settings.estimator == "mine" and pairs:
-            how = (settings.compiled, settings.kernels, getattr(torch, settings.precision))
+            how = (settings.compiled, settings.kernels, settings.precision)
             self.mine = Mine(num_views, pairs, width, settings.hidden, generator, *how)
         left, right = zip(*pairs, strict=True) if pairs else ((), ())
         self.register_buffer("left_P", torch.tensor(left, dtype=torch.long), persistent=False)

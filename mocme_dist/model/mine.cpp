@@ -22,7 +22,7 @@ constexpr int64_t W = LANES;
 template <typename T>
 struct Buffer {
   T* data;
-  explicit Buffer(int64_t count, bool zeros = false) : data(static_cast<T*>(std::aligned_alloc(64, count * sizeof(T) / 64 * 64 + 64))) {
+  explicit Buffer(int64_t count, bool zeros = false) : data(static_cast<T*>(std::aligned_alloc(ALIGN, count * sizeof(T) / ALIGN * ALIGN + ALIGN))) {
     if (zeros) std::memset(static_cast<void*>(data), 0, count * sizeof(T));
   }
   ~Buffer() { std::free(data); }
@@ -112,7 +112,7 @@ static void standardise_block(Element* out, float* sums, const Networks& n, int6
     for (; d < n.width; ++d) {
       const float x = take_one(from + d);
       total[d] += present * x, square[d] += present * x * x;
-      out[i * n.D + d] = as_element((x - center[d]) * inverse[d]);
+      put(out + i * n.D, d, (x - center[d]) * inverse[d]);
     }
   }
 }
@@ -363,10 +363,8 @@ void mocme_mine_backward(const Networks* networks) {
         const int64_t row = strays.row.data[at];
         if (row < 0 || n.right[at % n.P] != s) continue;
         Element* to = sides.data + (s * blocks + row / ROWS) * ROWS * wide;
-        for (int64_t h = 0; h < n.H; ++h) {
-          Element& place = to[packed_place(row % ROWS, n.H + h, ROWS)];
-          place = as_element(as_float(place) + strays.pull.data[at * n.H + h]);
-        }
+        for (int64_t h = 0; h < n.H; ++h)
+          add_packed(to, row % ROWS, n.H + h, ROWS, strays.pull.data[at * n.H + h]);
       }
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < n.S * strips; ++item) {

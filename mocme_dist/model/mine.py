@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mocme_dist.model import statistics
 from mocme_dist.model.graphs import one_graph, vary
+from mocme_dist.model.precision import torch_type
 
 # Sums over ranks; the identity where there is one. The model knows no ranks, the caller passes this in.
 Reduce = Callable[[Tensor], Tensor]
@@ -206,7 +207,7 @@ class Mine(nn.Module):
         generator: torch.Generator,
         compiled: bool = False,
         kernels: bool = False,
-        precision: torch.dtype = torch.float32,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         self.compiled, self.kernels, self.precision = compiled, kernels, precision
@@ -248,12 +249,12 @@ class Mine(nn.Module):
             bounded, clip: see the mine section of the configuration.
         """
         view_SVD = view_SVD.detach()
-        by_kernels = self.kernels and statistics.has_kernels(view_SVD, self.dtype) and self.center_SD.dtype == torch.float32
+        by_kernels = self.kernels and statistics.has_kernels(view_SVD, self.products) and self.center_SD.dtype == torch.float32
         found = (self._by_kernels if by_kernels else self._by_torch)(view_SVD, present_SV, held_out_V, bounded, clip)
         with torch.no_grad():
             # One reduction for everything that ranks must agree on.
             reduced = reduce(found.sums)
-            agreed = Agreed(*statistics.agree(reduced, *self._averages, bounded)) if by_kernels else self._agree(reduced, bounded)
+            agreed = Agreed(*statistics.agree(reduced, self._averages, bounded)) if by_kernels else self._agree(reduced, bounded)
         loss = found.loss(agreed.weight_P, agreed.slope_P)
         information_P, log_n_P, log_mean_exp_P = (value.float() for value in agreed[:3])
         return MineEstimate(loss.float(), information_P, log_n_P, log_mean_exp_P, agreed.valid_P)
@@ -296,7 +297,7 @@ class Mine(nn.Module):
             (self.center_SD, self.deviation_SD),
             (networks.left_P, networks.right_P),
             parameters,
-            self.dtype,
+            self.products,
             clip if bounded else math.inf,
         )
         P = len(self.mean_exp_P)
@@ -313,10 +314,10 @@ class Mine(nn.Module):
         return self.mean_exp_P, self.center_SD, self.deviation_SD, self.num_updates
 
     @property
-    def dtype(self) -> torch.dtype:
+    def products(self) -> str:
         """What products of the training multiply: `precision`, or the parameters' type where that is lower."""
         own = self.networks.sides_SDH.dtype
-        return self.precision if own == torch.float32 else own
+        return self.precision if own == torch.float32 else str(own).removeprefix("torch.")
 
     @cached_property
     def _graph(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -354,7 +355,7 @@ def _statistics(
     train_PV = present_PV & ~held_out_V if bounded else present_PV
     estimate_PV = present_PV & held_out_V if bounded else present_PV
     shift = shift_halves(train_PV, estimate_PV, held_out_V) if bounded else shift_valid(present_PV)
-    joint_PV, marginal_PV = mine.networks(mine.standardise(view_SVD), shift, frozen=False, dtype=mine.dtype)
+    joint_PV, marginal_PV = mine.networks(mine.standardise(view_SVD), shift, frozen=False, dtype=torch_type(mine.products))
     clipped_PV = marginal_PV.clamp(-clip, clip) if bounded else marginal_PV
     # float64: without the clip, exp of a diverging T must not overflow before anybody has seen it.
     exp_PV = clipped_PV.detach().double().exp()

@@ -18,6 +18,7 @@ from mocme_dist.model.experts import Experts, NoExperts
 from mocme_dist.model.fusion import Averages, Fused, Fusion, FusionSettings
 from mocme_dist.model.graphs import one_graph, vary
 from mocme_dist.model.mine import Reduce
+from mocme_dist.model.precision import torch_type
 from mocme_dist.model.projection import Projections
 from mocme_dist.model.rotate import Relations
 
@@ -66,18 +67,24 @@ class MoCME(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         M, K, D = len(raw_widths), settings.num_experts, settings.width
-        precision = getattr(torch, settings.precision)
         if raw_widths.get("structure", D) != D:
             raise ShapeError(f"MoCME: structure rows have width {raw_widths['structure']}, expected D = {D}")
         self.modalities, self.settings = tuple(raw_widths), settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # Linear layers initialise from the global generator
             self.projections = Projections(
-                raw_widths, settings.projection_hidden or D, D, settings.projection_dropout, settings.structure, precision
+                raw_widths,
+                settings.projection_hidden or D,
+                D,
+                settings.projection_dropout,
+                settings.structure,
+                torch_type(settings.precision),
             )
         mixed = settings.experts == "mlp"
         self.experts = (
-            Experts(M, K, D, settings.experts_dropout, settings.residual, generator, settings.recompute, precision, settings.kernels)
+            Experts(
+                M, K, D, settings.experts_dropout, settings.residual, generator, settings.recompute, settings.precision, settings.kernels
+            )
             if mixed
             else NoExperts()
         )

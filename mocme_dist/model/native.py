@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 # Named instruction sets and not -march=native: the cache may lie in a home that machines of several kinds share.
 _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma")
-_INSTRUCTIONS = {"AMX": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), "AVX512": _AVX512, "AVX2": ("-mavx2", "-mfma")}
+_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+_INSTRUCTIONS = {"AMX": _AMX, "AMX, in two parts": (*_AMX, "-DMOCME_SPLIT"), "AVX512": _AVX512, "AVX2": ("-mavx2", "-mfma")}
 # No contraction behind our back: what must tie bit for bit says where it fuses. SONAMEs are equal, so -fopenmp
 # shares the OpenMP runtime and the threads that torch has loaded.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
@@ -53,7 +54,7 @@ def library(source: Path, instructions: str | None = None) -> ctypes.CDLL | None
     """
     program = compiler()
     # Not built before the CPU is known to have it: older compilers know no AMX, and would warn for nothing.
-    if program is None or (instructions == "AMX" and not has_amx()):
+    if program is None or ((instructions or "").startswith("AMX") and not has_amx()):
         return None
     include = Path(__file__).parent
     flags = (*_FLAGS, *_INSTRUCTIONS.get(instructions or instruction_set(), ()), f"-I{include}")

@@ -47,18 +47,54 @@ constexpr int64_t ROWS = 32;
 
 #if defined(__AMX_BF16__)
 
-using Element = Low;
-constexpr int64_t PAD = 32;
+// Numbers of a product are bfloat16, or with SPLIT the sum of two, which holds 16 bits: x y is then the sum of three
+// products, as in torch's float32_matmul_precision "high". In memory 32 numbers are 32 first parts and, beside them, their
+// 32 second parts; matrices begin at multiples of ALIGN bytes.
+#if defined(MOCME_SPLIT)
+constexpr int64_t PARTS = 2;
+#else
+constexpr int64_t PARTS = 1;
+#endif
+constexpr int64_t PAD = 32, ALIGN = 64 * PARTS;
+struct Element {
+  Low part[PARTS];
+};
 
-inline Vec load(const Element* p) { return load_low(p); }
-inline void store(Element* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a))); }
-inline float as_float(Element x) { return low_float(x); }
+// First part of the number at p; the second is 32 numbers behind it.
+inline Low* parts(Element* p) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+  return reinterpret_cast<Low*>(PARTS == 2 ? at - (at & 64) / 2 : at);
+}
+inline const Low* parts(const Element* p) { return parts(const_cast<Element*>(p)); }
+
+inline Vec load(const Element* p) {
+  const Low* from = parts(p);
+  return PARTS == 2 ? add(load_low(from), load_low(from + 32)) : load_low(from);
+}
+inline __m256i round_low(Vec a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)); }
+inline void store(Element* p, Vec a) {
+  const __m256i first = round_low(a);
+  __m256i* to = reinterpret_cast<__m256i*>(parts(p));
+  _mm256_storeu_si256(to, first);
+  if (PARTS == 2) _mm256_storeu_si256(to + 2, round_low(sub(a, widen(first))));
+}
 // Rounds to nearest, ties to even, as the vector form; NaN stays one.
-inline Element as_element(float x) {
+inline Low as_low(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
   return {static_cast<uint16_t>(rounded >> 16)};
+}
+inline void put(Low* first, int64_t to_second, float x) {
+  *first = as_low(x);
+  if (PARTS == 2) first[to_second] = as_low(x - low_float(*first));
+}
+// Number d of a row.
+inline void put(Element* row, int64_t d, float x) { put(reinterpret_cast<Low*>(row) + d / 32 * 32 * PARTS + d % 32, 32, x); }
+// Number (k, n) of a packed matrix of K rows.
+inline void add_packed(Element* matrix, int64_t k, int64_t n, int64_t K, float x) {
+  Low* at = reinterpret_cast<Low*>(matrix) + (n / 16 * 16 * K + k / 32 * 512) * PARTS + k % 32 / 2 * 32 + n % 16 * 2 + k % 2;
+  put(at, 512, low_float(*at) + (PARTS == 2 ? low_float(at[512]) : 0.0f) + x);
 }
 
 // GCC's tile loads do not say that they read memory: what was written must be there before them.
@@ -78,18 +114,58 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
+// Two rows of 16 numbers side by side, pair by pair.
+inline __m512i pair_up(__m256i even, __m256i odd) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
 // A (K, N) matrix with given strides as tiles of 32 x 16, rows two by two side by side, as the product reads them.
 inline void pack(Element* to, const float* from, int64_t K, int64_t N, int64_t row, int64_t column) {
   for (int64_t n = 0; n < N; n += 16)
-    for (int64_t k = 0; k < K; k += 2)
+    for (int64_t k = 0; k < K; k += 2) {
+      Low* tile = reinterpret_cast<Low*>(to) + (n * K + k / 32 * 512) * PARTS + k % 32 * 16;
       if (column == 1) {
-        const __m512bh pair = _mm512_cvtne2ps_pbh(load(from + (k + 1) * row + n), load(from + k * row + n));
-        const __m512i even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(reinterpret_cast<__m512i>(pair)));
-        const __m512i odd = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(reinterpret_cast<__m512i>(pair), 1));
-        _mm512_storeu_si512(to + n * K + k * 16, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        const Vec even = load(from + k * row + n), odd = load(from + (k + 1) * row + n);
+        const __m256i even_first = round_low(even), odd_first = round_low(odd);
+        _mm512_storeu_si512(tile, pair_up(even_first, odd_first));
+        if (PARTS == 2) {
+          const __m256i even_rest = round_low(sub(even, widen(even_first))), odd_rest = round_low(sub(odd, widen(odd_first)));
+          _mm512_storeu_si512(tile + 512, pair_up(even_rest, odd_rest));
+        }
       } else {
-        for (int64_t j = 0; j < 32; ++j) to[n * K + k * 16 + j] = as_element(from[(k + j % 2) * row + (n + j / 2) * column]);
+        for (int64_t j = 0; j < 32; ++j) put(tile + j, 512, from[(k + j % 2) * row + (n + j / 2) * column]);
       }
+    }
+}
+
+// Tiles 0 to 3 += tiles 4 and 5 times 6 and 7.
+inline void multiply_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// Tiles 0 to 3 += the products of two left tiles, `stride` bytes a row, and two right ones; second parts `next` numbers on.
+inline void multiply_tiles(const Low* above, const Low* below, int64_t stride, int64_t next, const Low* left, const Low* right) {
+  if (PARTS == 2) {  // what is smaller first; of the second parts' own product nothing would be left
+    _tile_loadd(4, above + next, stride);
+    _tile_loadd(5, below + next, stride);
+  } else {
+    _tile_loadd(4, above, stride);
+    _tile_loadd(5, below, stride);
+  }
+  _tile_loadd(6, left, 64);
+  _tile_loadd(7, right, 64);
+  multiply_tiles();
+  if (PARTS == 2) {
+    _tile_loadd(4, above, stride);
+    _tile_loadd(5, below, stride);
+    multiply_tiles();
+    _tile_loadd(6, left + 512, 64);
+    _tile_loadd(7, right + 512, 64);
+    multiply_tiles();
+  }
 }
 
 // out (ROWS, N) = rows (ROWS, K) * matrix, packed
@@ -101,14 +177,8 @@ inline void multiply(float* out, const Element* rows, const Element* matrix, int
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < K; k += 32) {
-      _tile_loadd(4, rows + k, K * 2);
-      _tile_loadd(5, rows + 16 * K + k, K * 2);
-      _tile_loadd(6, matrix + n * K + k * 16, 64);
-      _tile_loadd(7, matrix + (n + 16) * K + k * 16, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      const Low* left = reinterpret_cast<const Low*>(matrix + n * K + k * 16);
+      multiply_tiles(parts(rows + k), parts(rows + 16 * K + k), K * 2 * PARTS, 32, left, left + 16 * K * PARTS);
     }
     _tile_stored(0, out + n, N * 4);
     _tile_stored(1, out + n + 16, N * 4);
@@ -117,9 +187,6 @@ inline void multiply(float* out, const Element* rows, const Element* matrix, int
   }
   settle();
 }
-
-// Where `pack` puts element (k, n) of a matrix of K rows.
-inline int64_t packed_place(int64_t k, int64_t n, int64_t K) { return n / 16 * 16 * K + k / 2 * 32 + n % 16 * 2 + k % 2; }
 
 inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
@@ -141,34 +208,30 @@ inline void transpose(__m512i (&r)[16]) {
 
 // out (M, N) += left^T right; left (ROWS, M) with a given stride, right (ROWS, N) packed
 inline void accumulate(float* out, const Element* left, int64_t stride, int64_t M, const Element* right, int64_t N) {
-  alignas(64) Element turned[2][16 * 32];
+  constexpr int64_t TILE = 16 * 32;
+  alignas(64) Low turned[2 * PARTS * TILE];
   for (int64_t i = 0; i < M; i += 32) {
-    for (int half = 0; half < 2; ++half) {
-      __m512i pairs[16];  // rows two by two side by side
-      for (int r = 0; r < 16; ++r) {
-        const Element* from = left + 2 * r * stride + i + 16 * half;
-        const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-        const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + stride));
-        pairs[r] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+    for (int half = 0; half < 2; ++half)
+      for (int64_t part = 0; part < PARTS; ++part) {
+        __m512i pairs[16];  // rows two by two side by side
+        for (int r = 0; r < 16; ++r) {
+          const auto row = [=](int64_t number) {
+            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(parts(left + number * stride + i + 16 * half) + 32 * part));
+          };
+          pairs[r] = pair_up(row(2 * r), row(2 * r + 1));
+        }
+        transpose(pairs);
+        for (int r = 0; r < 16; ++r) _mm512_store_si512(turned + (half * PARTS + part) * TILE + 32 * r, pairs[r]);
       }
-      transpose(pairs);
-      for (int r = 0; r < 16; ++r) _mm512_store_si512(turned[half] + 32 * r, pairs[r]);
-    }
     settle();
-    _tile_loadd(4, turned[0], 64);
-    _tile_loadd(5, turned[1], 64);
     for (int64_t j = 0; j < N; j += 32) {
       float* to = out + i * N + j;
-      _tile_loadd(6, right + j * ROWS, 64);
-      _tile_loadd(7, right + (j + 16) * ROWS, 64);
+      const Low* first = reinterpret_cast<const Low*>(right + j * ROWS);
       _tile_loadd(0, to, N * 4);
       _tile_loadd(1, to + 16, N * 4);
       _tile_loadd(2, to + 16 * N, N * 4);
       _tile_loadd(3, to + 16 * N + 16, N * 4);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      multiply_tiles(turned, turned + PARTS * TILE, 64, TILE, first, first + 16 * ROWS * PARTS);
       _tile_stored(0, to, N * 4);
       _tile_stored(1, to + 16, N * 4);
       _tile_stored(2, to + 16 * N, N * 4);
@@ -189,8 +252,9 @@ constexpr int64_t GROUP = 8;
 constexpr int64_t GROUP = 4;
 #endif
 
-inline Element as_element(float x) { return x; }
-inline float as_float(Element x) { return x; }
+constexpr int64_t ALIGN = 64;
+
+inline void put(Element* row, int64_t d, float x) { row[d] = x; }
 struct Tiles {};
 // A (K, N) matrix with given strides as strips of two vectors.
 inline void pack(Element* to, const float* from, int64_t K, int64_t N, int64_t row, int64_t column) {
@@ -199,7 +263,8 @@ inline void pack(Element* to, const float* from, int64_t K, int64_t N, int64_t r
       for (int64_t j = 0; j < PAD; ++j) to[n * K + k * PAD + j] = from[k * row + (n + j) * column];
 }
 
-inline int64_t packed_place(int64_t k, int64_t n, int64_t K) { return n / PAD * PAD * K + k * PAD + n % PAD; }
+// Number (k, n) of a packed matrix of K rows.
+inline void add_packed(Element* matrix, int64_t k, int64_t n, int64_t K, float x) { matrix[n / PAD * PAD * K + k * PAD + n % PAD] += x; }
 
 // sum (GROUP, PAD) += left (GROUP, K), with given strides, * right (K, PAD)
 inline void group_product(Vec (&sum)[GROUP][2], const float* left, int64_t row, int64_t step, const float* right, int64_t K) {

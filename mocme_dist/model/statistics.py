@@ -2,7 +2,7 @@
 
 Forward standardises the views, runs the networks and leaves sums; backward, once ranks have agreed on those sums, makes
 the parameters' gradients. Nothing of a pair's rows and hidden units is stored in between. Products are float32, or
-bfloat16 with float32 sums where the CPU has AMX.
+with float32 sums bfloat16 or three of bfloat16, where the CPU has AMX.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mocme_dist.model.native import call, library
+from mocme_dist.model.precision import INSTRUCTIONS
 
 _SOURCE = Path(__file__).with_name("mine.cpp")
-_INSTRUCTIONS = {torch.float32: None, torch.bfloat16: "AMX"}
+# Bytes of a number that products multiply, and where the memory of some must begin.
+_BYTES, _ALIGN = {"float32": 4, "bfloat16x3": 4, "bfloat16": 2}, 128
 _SIZES = ("S", "V", "T", "P", "D", "H", "width", "threads", "halves", "low")
 _VIEWS = ("view", "present", "held_out", "center", "inverse", "left", "right")
 _PARAMETERS = ("first", "bias", "second", "second_bias", "last")
@@ -40,34 +42,35 @@ class Pass(NamedTuple):
 
     Attributes:
         sums: flat float64, as `Found.sums` of mine: (6, P), then (S,) numbers of present rows and (2, S, D) moments.
-        sizes, arrays, dtype, clip: for backward.
+        sizes, arrays, precision, clip: for backward.
     """
 
     sums: Tensor
     sizes: dict[str, int]
     arrays: dict[str, Tensor]
-    dtype: torch.dtype
+    precision: str
     clip: float
 
 
 @cache
-def _kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The library whose products have this type; None where it cannot run here."""
-    found = library(_SOURCE, _INSTRUCTIONS[dtype])
+def _kernels(precision: str) -> ctypes.CDLL | None:
+    """The library of these products; None where it cannot run here."""
+    found = library(_SOURCE, INSTRUCTIONS[precision])
     if found is not None:
         found.mocme_mine_pad.restype = ctypes.c_int64
     return found
 
 
-def has_kernels(view: Tensor, dtype: torch.dtype) -> bool:
-    """Whether statistics of these views with products of this type come from the kernels."""
-    return view.device.type == "cpu" and view.dtype in _INSTRUCTIONS and dtype in _INSTRUCTIONS and _kernels(dtype) is not None
+def has_kernels(view: Tensor, precision: str) -> bool:
+    """Whether statistics of these views with such products come from the kernels."""
+    can = view.device.type == "cpu" and view.dtype in (torch.float32, torch.bfloat16) and precision in INSTRUCTIONS
+    return can and _kernels(precision) is not None
 
 
-def _run(name: str, dtype: torch.dtype, sizes: dict[str, int], clip: float, arrays: dict[str, Tensor]) -> None:
+def _run(name: str, precision: str, sizes: dict[str, int], clip: float, arrays: dict[str, Tensor]) -> None:
     assert all(array.is_contiguous() for array in arrays.values())
     addresses = {key: array.data_ptr() for key, array in arrays.items()}
-    function = getattr(_kernels(dtype), name)
+    function = getattr(_kernels(precision), name)
     function.restype = None
     function(ctypes.byref(_Networks(**sizes, clip=clip, threads=torch.get_num_threads(), **addresses)))
 
@@ -79,7 +82,7 @@ def forward(
     standard: tuple[Tensor, Tensor],
     pairs: tuple[Tensor, Tensor],
     parameters: Sequence[Tensor],
-    dtype: torch.dtype,
+    precision: str,
     clip: float,
 ) -> Pass:
     """Run the networks on all rows.
@@ -91,33 +94,37 @@ def forward(
         standard: (S, D) mean and deviation to standardise with.
         pairs: (P,) left and right views.
         parameters: of StatisticsNetworks, in order.
-        dtype: of what products multiply, see `has_kernels`.
+        precision: of the products, see `has_kernels`.
         clip: of T' inside exp; infinite is none.
     """
     (S, V, width), (P, H) = view_SVD.shape, parameters[1].shape
-    D, H = _padded(width, dtype), _padded(H, dtype)
+    D, H = _padded(width, precision), _padded(H, precision)
     T = V if held_out_V is None else V - int(held_out_V.sum())
     halves, low = held_out_V is not None, view_SVD.dtype == torch.bfloat16
     sizes = {"S": S, "V": V, "T": T, "P": P, "D": D, "H": H, "width": width, "halves": int(halves), "low": int(low)}
     held_out_V = torch.zeros(V, dtype=torch.bool) if held_out_V is None else held_out_V
     center_SD, deviation_SD = standard
     given = (view_SVD.contiguous(), present_SV.contiguous(), held_out_V.contiguous(), center_SD, deviation_SD.reciprocal(), *pairs)
-    trained, sides = torch.empty(S, T, D, dtype=dtype), torch.empty(S, V, 2 * H, dtype=dtype)
+    trained, sides = (_room(count * _BYTES[precision]) for count in (S * T * D, S * V * 2 * H))
     found = (trained, sides, torch.empty(P, V, dtype=torch.int32), torch.empty(P, T, dtype=torch.float64))
     sums = torch.zeros(6 * P + S + 2 * S * width, dtype=torch.float64)
     arrays = dict(zip((*_VIEWS, *_PARAMETERS, *_FOUND), (*given, *_pad(parameters, D, H), *found, sums), strict=True))
-    _run("mocme_mine_forward", dtype, sizes, clip, arrays)
-    return Pass(sums, sizes, {name: arrays[name] for name in ("left", "right", *_FOUND)}, dtype, clip)
+    _run("mocme_mine_forward", precision, sizes, clip, arrays)
+    return Pass(sums, sizes, {name: arrays[name] for name in ("left", "right", *_FOUND)}, precision, clip)
 
 
-def agree(
-    sums: Tensor, mean_exp_P: Tensor, center_SD: Tensor, deviation_SD: Tensor, num_updates: Tensor, bounded: bool
-) -> tuple[Tensor, ...]:
-    """Fields of `Agreed` from sums over ranks, as `Mine._agree`; moves the averages, which are float32."""
-    (S, D), P = center_SD.shape, len(mean_exp_P)
+def agree(sums: Tensor, averages: Sequence[Tensor], bounded: bool) -> tuple[Tensor, ...]:
+    """Fields of `Agreed` from sums over ranks, as `Mine._agree`.
+
+    Args:
+        sums: see `Pass`.
+        averages: mean_exp_P, center_SD, deviation_SD and num_updates of `Mine`, float32; they are moved.
+        bounded: cap the information at log n.
+    """
+    P, (S, D) = len(averages[0]), averages[1].shape
     estimates_3P, valid_P, slopes_2P = torch.empty(3, P), torch.empty(P, dtype=torch.bool), torch.empty(2, P, dtype=torch.float64)
-    arrays = (sums, mean_exp_P, center_SD, deviation_SD, num_updates, estimates_3P, valid_P, slopes_2P)
-    call(_kernels(torch.float32), "mocme_mine_agree", arrays, (S, P, D, int(bounded)))
+    arrays = (sums, *averages, estimates_3P, valid_P, slopes_2P)
+    call(_kernels("float32"), "mocme_mine_agree", arrays, (S, P, D, int(bounded)))
     return *estimates_3P, valid_P, *slopes_2P
 
 
@@ -143,7 +150,7 @@ class _Value(torch.autograd.Function):
         slopes = [(slope * value).float().contiguous() for value in (joint_P, marginal_P)]
         names = (*_PARAMETERS, *_SLOPES, *(f"{name}_grad" for name in _PARAMETERS))
         arrays = found.arrays | dict(zip(names, (*padded, *slopes, *grads), strict=True))
-        _run("mocme_mine_backward", found.dtype, found.sizes, found.clip, arrays)
+        _run("mocme_mine_backward", found.precision, found.sizes, found.clip, arrays)
         return None, None, None, None, *_cut(grads, parameters)
 
 
@@ -160,8 +167,14 @@ def with_gradient(value: Tensor, joint_P: Tensor, marginal_P: Tensor, found: Pas
     return _Value.apply(value, joint_P, marginal_P, found, *parameters)  # type: ignore[no-any-return]
 
 
-def _padded(size: int, dtype: torch.dtype) -> int:
-    found = _kernels(dtype)
+def _room(size: int) -> Tensor:
+    """Memory for what only the kernels read."""
+    memory = torch.empty(size + _ALIGN, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % _ALIGN :][:size]
+
+
+def _padded(size: int, precision: str) -> int:
+    found = _kernels(precision)
     assert found is not None, "has_kernels said so"
     pad = int(found.mocme_mine_pad())
     return -(-size // pad) * pad

@@ -137,9 +137,8 @@ inline float low_float(Low x) {
 }
 // LANES of them.
 #if defined(__AVX512F__)
-inline Vec load_low(const Low* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
-}
+inline Vec widen(__m256i low) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16)); }
+inline Vec load_low(const Low* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 #elif defined(__AVX2__)
 inline Vec load_low(const Low* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));

@@ -175,11 +175,12 @@ def test_a_key_of_another_section_is_pointed_at():
         load_config([], ["deepspeed.gradient_clipping=1.0"])
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16x3"])
 @pytest.mark.parametrize("key", ["train", "mine"])
-def test_two_ways_to_bfloat16_are_one_too_many(key):
+def test_two_ways_to_bfloat16_are_one_too_many(key, precision):
     with pytest.raises(ConfigError, match="set one or the other"):
-        load_config([], ["deepspeed.bf16=true", f"{key}.precision=bfloat16"])
-    assert not load_config([], [f"{key}.precision=bfloat16"]).deepspeed.bf16
+        load_config([], ["deepspeed.bf16=true", f"{key}.precision={precision}"])
+    assert not load_config([], [f"{key}.precision={precision}"]).deepspeed.bf16
 
 
 def test_offloading_needs_a_stage_that_partitions():

@@ -15,7 +15,9 @@ from mocme_dist.model.experts import Experts
 HALF_DIGIT = 2**-9
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler: nothing builds the kernels")
-needs_amx = pytest.mark.skipif(not expert_kernels.has_kernels(torch.zeros(1, 1, 32)), reason="no AMX, or no compiler that knows it")
+needs_amx = pytest.mark.skipif(
+    not expert_kernels.has_kernels(torch.zeros(1, 1, 32), "bfloat16"), reason="no AMX, or no compiler that knows it"
+)
 
 SHAPES = [(2, 3, 600, 32), (1, 1, 33, 64), (3, 2, 1, 32), (2, 2, 0, 32), (1, 2, 32, 96)]
 
@@ -49,8 +51,8 @@ def test_built_for_float32_kernels_equal_torch(M, K, U, D, residual, instruction
         pytest.skip(f"this CPU has no {instructions}")
     found = native.library(expert_kernels._SOURCE, instructions)
     found.mocme_experts_pad.restype = ctypes.c_int64
-    monkeypatch.setattr(expert_kernels, "_kernels", lambda: found)
-    fast = run(experts(M, K, D, residual, precision=torch.bfloat16, kernels=True), U)
+    monkeypatch.setattr(expert_kernels, "_kernels", lambda precision: found)
+    fast = run(experts(M, K, D, residual, precision="bfloat16", kernels=True), U)
     for value, expected in zip(fast, run(experts(M, K, D, residual), U), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
@@ -59,10 +61,21 @@ def test_built_for_float32_kernels_equal_torch(M, K, U, D, residual, instruction
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("M", "K", "U", "D"), SHAPES)
 def test_bfloat16_kernels_equal_torch_that_rounds_as_they_do(M, K, U, D, residual):
-    plain, fast = (run(experts(M, K, D, residual, precision=torch.bfloat16, kernels=how), U) for how in (False, True))
+    plain, fast = (run(experts(M, K, D, residual, precision="bfloat16", kernels=how), U) for how in (False, True))
     for value, expected in zip(fast, plain, strict=True):
         # Torch rounds biases and outputs too, and a hidden unit near 0 turns on in one of the two.
         assert (value - expected).norm() <= 16 * HALF_DIGIT * expected.norm()
+
+
+@needs_amx
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("M", "K", "U", "D"), SHAPES)
+def test_products_in_three_parts_equal_float32(M, K, U, D, residual):
+    plain, fast = (run(experts(M, K, D, residual, precision="bfloat16x3", kernels=how), U) for how in (False, True))
+    assert (fast[0] - plain[0]).norm() <= 2e-5 * plain[0].norm()
+    for value, expected in zip(fast, plain, strict=True):
+        # A hidden unit nearer to 0 than the sums' last digit turns on in one of the two, and moves a gradient by all of its share.
+        assert (value - expected).norm() <= 5e-3 * expected.norm()
 
 
 @needs_amx
@@ -71,7 +84,7 @@ def test_threads_do_not_show():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found[threads] = run(experts(2, 3, 32, True, precision=torch.bfloat16, kernels=True), 700)
+            found[threads] = run(experts(2, 3, 32, True, precision="bfloat16", kernels=True), 700)
     finally:
         torch.set_num_threads(1)
     for threads in (2, 5):
@@ -81,9 +94,9 @@ def test_threads_do_not_show():
 def test_where_they_cannot_run_torch_does(monkeypatch):
     """Dropout, widths that fill no tile, evaluation, and float32."""
     monkeypatch.setattr(expert_kernels, "call", None)
-    assert run(experts(1, 2, 6, False, precision=torch.bfloat16, kernels=True), 5)
+    assert run(experts(1, 2, 6, False, precision="bfloat16", kernels=True), 5)
     assert run(experts(1, 2, 32, False, kernels=True), 5)
-    assert run(experts(1, 2, 32, False, precision=torch.bfloat16, kernels=True).eval(), 5)
-    module = experts(1, 2, 32, False, precision=torch.bfloat16, kernels=True)
+    assert run(experts(1, 2, 32, False, precision="bfloat16", kernels=True).eval(), 5)
+    module = experts(1, 2, 32, False, precision="bfloat16", kernels=True)
     module.dropout.p = 0.5
     assert run(module, 5)

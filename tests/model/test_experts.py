@@ -162,7 +162,7 @@ def test_bfloat16_products_round_what_they_multiply_and_nothing_else(residual, r
     gen = torch.Generator().manual_seed(2)
     x_MUD, slope = torch.randn(M, 300, D, generator=gen), torch.randn(M, K, 300, D, generator=gen)
     found = {}
-    for precision in (torch.float32, torch.bfloat16):
+    for precision in ("float32", "bfloat16"):
         module = Experts(M, K, D, 0.0, residual, torch.Generator().manual_seed(0), recompute, precision)
         with torch.no_grad():
             module.second_LDD.add_(torch.randn(module.second_LDD.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
@@ -171,8 +171,8 @@ def test_bfloat16_products_round_what_they_multiply_and_nothing_else(residual, r
         (views * slope).sum().backward()
         found[precision] = [views.detach(), leaf.grad, *(p.grad for p in module.parameters())]
         found[precision].append(module.eval()(x_MUD).detach())
-    *exact, evaluated = found[torch.float32]
-    *rounded, same = found[torch.bfloat16]
+    *exact, evaluated = found["float32"]
+    *rounded, same = found["bfloat16"]
     assert torch.equal(same, evaluated)
     assert not torch.equal(rounded[0], exact[0])
     for value, expected in zip(rounded, exact, strict=True):

@@ -15,10 +15,8 @@ from mocme_dist.model.mocme import alone
 # Neighbours of a bfloat16 number are 2^-8 of it apart: rounding moves it by at most half of that.
 HALF_DIGIT = 2**-9
 
-pytestmark = pytest.mark.skipif(
-    not statistics.has_kernels(torch.zeros(1), torch.float32), reason="no C++ compiler: nothing builds the kernels"
-)
-needs_amx = pytest.mark.skipif(not statistics.has_kernels(torch.zeros(1), torch.bfloat16), reason="no AMX, or no compiler that knows it")
+pytestmark = pytest.mark.skipif(not statistics.has_kernels(torch.zeros(1), "float32"), reason="no C++ compiler: nothing builds the kernels")
+needs_amx = pytest.mark.skipif(not statistics.has_kernels(torch.zeros(1), "bfloat16"), reason="no AMX, or no compiler that knows it")
 
 
 def case(S: int, V: int, D: int, share: float = 0.8) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +25,7 @@ def case(S: int, V: int, D: int, share: float = 0.8) -> tuple[Tensor, Tensor, Te
     return torch.randn(S, V, D, generator=gen) * 2 + 1, torch.rand(S, V, generator=gen) < share, torch.rand(V, generator=gen) < 0.5
 
 
-def mine(S: int, pairs: list[tuple[int, int]], D: int, H: int, kernels: bool, precision: torch.dtype = torch.float32) -> Mine:
+def mine(S: int, pairs: list[tuple[int, int]], D: int, H: int, kernels: bool, precision: str = "float32") -> Mine:
     gen = torch.Generator().manual_seed(0)
     module = Mine(S, pairs, D, H, gen, kernels=kernels, precision=precision)
     with torch.no_grad():
@@ -48,6 +46,7 @@ def run(
     return found, {name: p.grad for name, p in module.named_parameters()} | dict(module.named_buffers())
 
 
+PRECISIONS = ["float32", *(pytest.param(name, marks=needs_amx) for name in ("bfloat16x3", "bfloat16"))]
 SHAPES = [
     pytest.param(9, pairs_within(3, 3), 257, 37, 64, id="experts"),
     pytest.param(3, pairs_between(3), 100, 16, 5, id="modalities, narrow"),
@@ -87,7 +86,7 @@ def test_kernels_equal_torch(S, pairs, V, D, H, bounded, instructions, monkeypat
 def test_bfloat16_kernels_equal_torch_that_rounds_as_they_do(S, pairs, V, D, H, bounded):
     """Both round views, weights, side products and hidden units; they differ where a sum's last digit tips a rounding."""
     view, present, held_out = case(S, V, D)
-    twins = [mine(S, pairs, D, H, kernels, torch.bfloat16) for kernels in (False, True)]
+    twins = [mine(S, pairs, D, H, kernels, "bfloat16") for kernels in (False, True)]
     (plain, expected), (fast, found) = (run(module, view, present, held_out, bounded) for module in twins)
     torch.testing.assert_close(fast.information_P, plain.information_P, rtol=HALF_DIGIT, atol=HALF_DIGIT)
     torch.testing.assert_close(fast.loss, plain.loss, rtol=HALF_DIGIT, atol=HALF_DIGIT)
@@ -97,12 +96,30 @@ def test_bfloat16_kernels_equal_torch_that_rounds_as_they_do(S, pairs, V, D, H, 
         assert (found[name].double() - value).norm() <= 16 * HALF_DIGIT * max(float(value.double().norm()), 1.0), name
 
 
+@needs_amx
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize(("S", "pairs", "V", "D", "H"), SHAPES)
+def test_products_in_three_parts_equal_float32(S, pairs, V, D, H, bounded):
+    """A number loses what is below 2^-17 of it, a product what is below 2^-16."""
+    view, present, held_out = case(S, V, D)
+    twins = [mine(S, pairs, D, H, kernels, "bfloat16x3") for kernels in (False, True)]
+    (plain, expected), (fast, found) = (run(module, view, present, held_out, bounded) for module in twins)
+    torch.testing.assert_close(fast.information_P, plain.information_P, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast.loss, plain.loss, rtol=1e-4, atol=1e-4)
+    for name, value in expected.items():
+        # A hidden unit nearer to 0 than that turns on in one of the two, and moves its column of a gradient by all of its share.
+        apart = (found[name].double() - value).abs().flatten()
+        if value.numel():
+            assert apart.quantile(0.8) <= 1e-4 * max(float(value.abs().max()), 1.0), name
+        assert apart.norm() <= 0.05 * max(float(value.double().norm()), 1.0), name
+
+
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_amx)])
 def test_bfloat16_estimates_what_float32_does(kernels):
     S, pairs, V, D, H = 9, pairs_within(3, 3), 900, 40, 64
     view, present, held_out = case(S, V, D)
     exact, expected = run(mine(S, pairs, D, H, False), view, present, held_out, True, 10.0)
-    rounded, found = run(mine(S, pairs, D, H, kernels, torch.bfloat16), view, present, held_out, True, 10.0)
+    rounded, found = run(mine(S, pairs, D, H, kernels, "bfloat16"), view, present, held_out, True, 10.0)
     # T is a sum over hidden units whose rounding errors are independent, and an estimate a mean over 400 rows.
     torch.testing.assert_close(rounded.information_P, exact.information_P, rtol=4 * HALF_DIGIT, atol=4 * HALF_DIGIT)
     torch.testing.assert_close(rounded.log_mean_exp_P, exact.log_mean_exp_P, rtol=4 * HALF_DIGIT, atol=4 * HALF_DIGIT)
@@ -121,7 +138,7 @@ def test_views_and_parameters_may_be_bfloat16(own):
     module = mine(S, pairs, D, H, True)
     module.networks.to(own)
     fast, found = run(module, view.bfloat16(), present, held_out, True)
-    twin = mine(S, pairs, D, H, False, own)
+    twin = mine(S, pairs, D, H, False, str(own).removeprefix("torch."))
     with torch.no_grad():
         for p in twin.networks.parameters():
             p.copy_(p.to(own))
@@ -133,7 +150,7 @@ def test_views_and_parameters_may_be_bfloat16(own):
         assert (found[name].float() - expected[name]).norm() <= close * 10 * max(1.0, float(expected[name].norm())), name
 
 
-@pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=needs_amx)])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_not_finite_is_seen(precision):
     for bad in (math.nan, math.inf):
         view, present, held_out = case(3, 50, 8)
@@ -143,7 +160,7 @@ def test_what_is_not_finite_is_seen(precision):
         assert not (torch.isfinite(found.loss) and torch.isfinite(found.information_P).all())
 
 
-@pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=needs_amx)])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_threads_change_nothing_but_the_order_of_sums(precision):
     view, present, held_out = case(6, 500, 24)
     found = {}

