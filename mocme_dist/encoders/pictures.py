@@ -91,7 +91,8 @@ def _shrunk(image: Image.Image, size: int) -> np.ndarray:
         if image.mode == "LA":
             image = image.convert("La")
         elif image.mode not in ("La", "RGBa"):
-            image = image.convert("RGBA").convert("RGBa")
+            # a conversion to the mode that it has would copy it as well
+            image = (image if image.mode == "RGBA" else image.convert("RGBA")).convert("RGBa")
         pixels = resized(image).astype(np.int16)
         above, opacity = pixels[..., :-1], pixels[..., -1:]
         return np.broadcast_to(np.clip(above + 255 - opacity, 0, 255), (size, size, 3)).astype(np.uint8)
