@@ -111,9 +111,11 @@ with communication(5) as comm:
 @pytest.mark.slow
 @pytest.mark.parametrize("by_torchrun", [False, True])
 def test_followers_wait_for_rank_0_longer_than_a_collective_may_take(by_torchrun):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Held until the end: the store may listen beside a socket that is only bound, and nobody else is given the port.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     if by_torchrun:  # its agent holds the store, so that the followers find one at once
         agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -123,9 +125,10 @@ def test_followers_wait_for_rank_0_longer_than_a_collective_may_take(by_torchrun
         for rank, delay in (("0", "9"), ("1", "0"))
     ]
     try:
-        assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["[0, 1]"] * 2
+        assert [rank.communicate(timeout=400)[0].strip() for rank in ranks] == ["[0, 1]"] * 2
         assert [rank.returncode for rank in ranks] == [0, 0]
     finally:
+        held.close()
         for rank in ranks:
             rank.kill()
         if by_torchrun:

@@ -87,7 +87,8 @@ def test_steps_of_the_real_loop_are_timed_phase_by_phase(tmp_path):
         timed = timed_steps(config, 4, 2)
         assert len(timed.step_s) == 4 and min(timed.step_s) > 0 and timed.prepare_s > 0
         assert {"wait", "lookup", "encode", "exchange", "loss", "agree", "backward", "update"} <= timed.phases.keys()
-        assert sum(timed.phases.values()) < 1.5 * max(timed.step_s)
+        # However long one of the steps was held up: phases are parts of the steps that are counted.
+        assert 0 < sum(timed.phases.values()) < sum(timed.step_s) / 4
     (overhead,) = (figure for figure in bench_step.figures("full", timed, 256) if figure["name"] == "host_overhead")
     assert 0 < overhead["value"] < 1 and overhead["bar"] == "<= 0.1"
     sizes = {"queries": 256, "negatives": 8, "width": 8}

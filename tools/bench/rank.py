@@ -39,10 +39,11 @@ def measure_ranks(
     Raises:
         RuntimeError: a rank failed; with the end of what it said.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="mocme-ranks-") as folder:
+    with socket.socket() as held, tempfile.TemporaryDirectory(prefix="mocme-ranks-") as folder:
+        # Rank 0 may listen beside a socket that is only bound, and nobody else is given the port meanwhile.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
         processes = []
         for rank in range(world_size):
             env = {**os.environ, "OMP_NUM_THREADS": str(threads)}

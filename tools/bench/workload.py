@@ -102,7 +102,8 @@ def timed_steps(config: Config, steps: int, warmup: int) -> Timed:
     `communication` open around several runs: DeepSpeed does not start twice in one process otherwise.
     """
     marks: list[float] = []
-    phases: dict[str, float] = {}
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
     directory = RunDirectory(config.run.dir)
     directory.checkpoints.mkdir(parents=True)
     with communication(60) as comm:
@@ -113,14 +114,16 @@ def timed_steps(config: Config, steps: int, warmup: int) -> Timed:
             """Called once a step, before its rows are looked up."""
             marks.append(time.perf_counter())
             if len(marks) == warmup + 1:
-                phases.update(worker.timer.total)
+                before.update(worker.timer.total)
                 prepared.clear()
+            elif len(marks) == warmup + steps + 1:
+                # Here and not at the end: the same steps as those that `marks` frame, so that phases add up to no more.
+                after.update(worker.timer.total)
             return len(marks) > warmup + steps
 
         with suppress(Preempted):
             Training(config, worker, directory, stop, Hooks()).train()
-        # Of the last step, which is not counted, all but the checkpoint.
-        phases = {name: (total - phases.get(name, 0.0)) / (steps + 1) for name, total in worker.timer.total.items() if name != "checkpoint"}
+        phases = {name: (total - before.get(name, 0.0)) / steps for name, total in after.items() if name != "checkpoint"}
     return Timed(np.diff(marks[warmup:]).tolist(), phases, sum(prepared) / max(1, len(prepared)))
 
 
