@@ -19,7 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120
+# Only a hang comes near: on a machine with other work a body takes many times as long as alone.
+TIMEOUT_S, COLLECTIVE_S = 400, 200
 # A rank that failed leaves others in a collective; they get so long to notice by themselves.
 GRACE_S = 5
 
@@ -54,8 +55,10 @@ def _rank(body: Callable[..., Any], rank: int, world: int, store: str, args: tup
         from mocme_dist.parallel.comm import communication
 
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60))
-        with communication(60) as comm:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=COLLECTIVE_S)
+        )
+        with communication(COLLECTIVE_S) as comm:
             result = body(comm, *args)
         pipe.send_bytes(pickle.dumps((True, result)))
         # Together: a rank that leaves first would close connections that the others still use.

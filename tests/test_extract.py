@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ TINY = ["--set", "encoders.text.model=tiny-random", "encoders.text.random_weight
 
 def extract(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mocme_dist.extract", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
 
 
 @pytest.fixture
@@ -61,10 +60,10 @@ def test_a_folder_that_is_no_data_set_is_a_data_error(tmp_path):
     assert done.returncode == 3 and "run python -m mocme_dist.pack" in done.stderr
 
 
-def test_help_answers_at_once():
-    started = time.monotonic()
+def test_help_names_the_flags():
+    """How soon it answers, and that it imports nothing heavy, is in test_commands.py."""
     done = extract("--help")
-    assert done.returncode == 0 and "--strict" in done.stdout and time.monotonic() - started < 5
+    assert done.returncode == 0 and all(flag in done.stdout for flag in ("--strict", "--max-missing", "--on-bad-shard", "--local"))
 
 
 def test_a_part_that_cannot_be_written_ends_with_its_path_and_no_leavings(directory):
@@ -75,7 +74,7 @@ def test_a_part_that_cannot_be_written_ends_with_its_path_and_no_leavings(direct
     command = f"{limit}; sys.argv[0] = 'extract'; import mocme_dist.commands, mocme_dist.extract; "
     command += "mocme_dist.commands.run_command(mocme_dist.extract.main)"
     arguments = [sys.executable, "-B", "-c", command, str(directory), "--local", *TINY, "encoders.dtype=float32"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=400, cwd=ROOT, check=False)
     assert done.returncode == 7, done.stderr
     assert "part-000000" in done.stderr and "bytes are free there" in done.stderr and "Traceback" not in done.stderr
     left = [path.name for path in (directory / "features").rglob("*") if path.is_file()]

@@ -38,7 +38,7 @@ def test_work_runs_ahead_but_not_far():
         stream = iter(items)
         for taken in range(1, 4):
             next(stream)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while len(made) < taken + 2 and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.05)
@@ -67,7 +67,7 @@ def test_close_ends_a_thread_that_waits_for_room(taken):
     assert [next(stream) for _ in range(taken)] == list(range(taken))
     start = time.monotonic()
     items.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     assert not prefetch_threads()
 
 

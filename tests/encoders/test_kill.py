@@ -110,12 +110,11 @@ def done_in(directory: Path) -> int:
 def actors_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Its actors; Ray names a process after what it runs."""
     found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if "MapWorker" in child.cmdline()[0]:
-                found.append(child)
-        except (psutil.Error, IndexError):
-            continue
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended in this moment
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error, IndexError):
+                if "MapWorker" in child.cmdline()[0]:
+                    found.append(child)
     return found
 
 

@@ -168,10 +168,13 @@ def test_run_ahead_keeps_order_raises_errors_and_ends_its_thread():
 
 def test_progress_shows_life_without_progress(caplog):
     with caplog.at_level(logging.INFO), Progress("work", 10, "things", interval_s=0.05) as progress:
-        time.sleep(0.15)
-        progress.add(5)
-        time.sleep(0.15)
-    assert "work: 0/10 things" in caplog.text and "work: 5/10 things" in caplog.text and "s left" in caplog.text
+        for done, line in ((0, "work: 0/10 things"), (5, "work: 5/10 things")):
+            progress.add(done)
+            deadline = time.monotonic() + 60
+            while line not in caplog.text and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert line in caplog.text
+    assert "s left" in caplog.text
 
 
 @pytest.mark.ray

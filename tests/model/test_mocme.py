@@ -148,5 +148,5 @@ def test_importing_the_model_loads_torch_and_nothing_heavy_besides():
         "print(' '.join(m for m in loaded if not m.startswith('mocme_dist.model') and m != 'mocme_dist.errors'))\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True, timeout=200)
+    found = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True, timeout=400)
     assert found.stdout.split() == []

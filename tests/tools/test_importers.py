@@ -244,7 +244,7 @@ def test_a_foreign_folder_is_refused_and_an_imported_one_replaced(tmp_path):
 def test_the_command_prints_counts_and_leaves_with_3_for_a_bad_source(tmp_path):
     def run(source):
         command = [sys.executable, "-m", "tools.import_mmkg", str(source), str(tmp_path / "raw")]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=400)
 
     done = run(openke(tmp_path / "source"))
     assert done.returncode == 0 and json.loads(done.stdout)["test.txt"] == len(TEST)

@@ -54,7 +54,7 @@ class Command:
         """What it said so far."""
         return self.errors.read_text()
 
-    def end(self, timeout_s: float = 120) -> tuple[int, str]:
+    def end(self, timeout_s: float = 300) -> tuple[int, str]:
         """Exit code and the last line of its output."""
         output, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, output.strip().splitlines()[-1] if output.strip() else ""
@@ -73,7 +73,7 @@ class Command:
         table = dict(_processes())
         return {pid for pid, start in self.known.items() if pid in table and table[pid][1] == start}
 
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 100) -> Any:
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 300) -> Any:
         """The condition's value once it holds; fails when the command ends before."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):

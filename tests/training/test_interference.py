@@ -40,7 +40,7 @@ def test_two_runs_side_by_side_do_not_meet(featured_dataset, finished_run, tmp_p
         runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT))
     try:
         for run in runs:
-            _, errors = run.communicate(timeout=120)
+            _, errors = run.communicate(timeout=400)
             assert run.returncode == 0, errors
     finally:
         for run in runs:

@@ -48,7 +48,7 @@ def test_a_first_step_that_compiles_does_not_count_in_the_time_left(caplog):
         time.sleep(0.01)
         progress(2)
     rate = re.search(r"step 2/1000, ([\d.]+)/s", caplog.messages[-1])
-    assert rate and float(rate[1]) > 1
+    assert rate and float(rate[1]) > 0.1  # with the first step it would be 0.02; the second may take seconds on a busy machine
 
 
 def test_a_resumed_curve_loses_the_lines_behind_its_step_and_half_lines(tmp_path):

@@ -69,12 +69,12 @@ def test_phases_add_up_and_the_rest_is_told():
 
 
 def test_a_phase_costs_microseconds():
-    """Eight phases a step: at 20 microseconds each, on a loaded machine, still under a percent of a step of 20 ms."""
+    """Eight phases a step: at 20 microseconds of CPU each still under a percent of a step of 20 ms."""
     timer, best = PhaseTimer(), 1.0
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(20):
+        start = time.thread_time()
         for _ in range(1000):
             with timer.phase("phase"):
                 pass
-        best = min(best, (time.perf_counter() - start) / 1000)
+        best = min(best, (time.thread_time() - start) / 1000)
     assert best < 20e-6

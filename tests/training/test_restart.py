@@ -95,7 +95,7 @@ def test_a_rank_that_makes_no_step_writes_the_stacks_of_its_threads(tmp_path, mo
     monkeypatch.setattr(pulse, "INTERVAL_S", 0.0)
     stalled = Pulse(tmp_path, 0, 1, "node", stall_s=0.2)
     stalled.beat(3)
-    stacks, deadline = tmp_path / "00000.stacks", time.monotonic() + 10
+    stacks, deadline = tmp_path / "00000.stacks", time.monotonic() + 60
     while not stacks.stat().st_size and time.monotonic() < deadline:
         time.sleep(0.05)
     stalled.close()
@@ -110,7 +110,7 @@ def test_a_stopped_process_is_noticed_and_looked_into_from_outside(tmp_path):
         other = Sign(0, 1, process.pid, os.uname().nodename, "node")
         assert not is_stopped(other)
         process.send_signal(signal.SIGSTOP)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not is_stopped(other) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert is_stopped(other) and not is_stopped(Sign(0, 1, process.pid, "elsewhere", "node"))
@@ -232,7 +232,7 @@ def test_the_first_signal_asks_and_stays_and_the_second_ends_at_once(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "asked\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == -signal.SIGTERM
+        assert process.wait(timeout=50) == -signal.SIGTERM
     finally:
         process.kill()
         process.wait()
@@ -266,7 +266,7 @@ def test_a_node_that_leaves_is_left_in_time(supervisor, monkeypatch, tmp_path, c
     def run() -> Any:
         folder = next((tmp_path / "run" / "ray").glob("*-1"))
         Pulse(folder / "ranks", 0, 1, "leaving", 60).close()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not box[0].stop.file.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         return {"error": "stopped at step 9", "kind": "Preempted"}
