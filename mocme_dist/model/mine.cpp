@@ -251,7 +251,9 @@ void mocme_mine_forward(const Networks* networks) {
       std::memset(sums.data, 0, 2 * n.D * sizeof(float));
       (n.low ? standardise_block<Low> : standardise_block<float>)(rows.data, sums.data, n, s, begin, count);
       for (int64_t d = 0; d < 2 * n.D; ++d) moment[s * 2 * n.D + d] += sums.data[d];
-      multiply(sides.data, rows.data, first.at(s), n.D, wide);
+      const int64_t row_bytes = n.width * (n.low ? sizeof(Low) : sizeof(float));
+      const char* ahead = static_cast<const char*>(n.view) + (s * n.V + begin + count) * row_bytes;
+      multiply(sides.data, rows.data, first.at(s), n.D, wide, ahead, ROWS * row_bytes);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = place[begin + i];
         if (at < n.T) std::memcpy(static_cast<void*>(n.trained + (s * n.T + at) * n.D), rows.data + i * n.D, n.D * sizeof(Element));

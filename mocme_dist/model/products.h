@@ -168,8 +168,10 @@ inline void multiply_tiles(const Low* above, const Low* below, int64_t stride, i
   }
 }
 
-// out (ROWS, N) = rows (ROWS, K) * matrix, packed
-inline void multiply(float* out, const Element* rows, const Element* matrix, int64_t K, int64_t N) {
+// out (ROWS, N) = rows (ROWS, K) * matrix, packed. Meanwhile `bytes` from `ahead` on, which come next, are brought nearer.
+inline void multiply(float* out, const Element* rows, const Element* matrix, int64_t K, int64_t N, const void* ahead = nullptr, int64_t bytes = 0) {
+  const int64_t share = bytes * 32 * 32 / (K * N);
+  const char* next = static_cast<const char*>(ahead);
   settle();
   for (int64_t n = 0; n < N; n += 32) {
     _tile_zero(0);
@@ -177,6 +179,7 @@ inline void multiply(float* out, const Element* rows, const Element* matrix, int
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < K; k += 32) {
+      for (const char* end = next + share; next < end; next += 64) _mm_prefetch(next, _MM_HINT_T1);
       const Low* left = reinterpret_cast<const Low*>(matrix + n * K + k * 16);
       multiply_tiles(parts(rows + k), parts(rows + 16 * K + k), K * 2 * PARTS, 32, left, left + 16 * K * PARTS);
     }
@@ -278,7 +281,7 @@ inline void group_product(Vec (&sum)[GROUP][2], const float* left, int64_t row, 
 }
 
 // out (ROWS, N) = rows (ROWS, K) * matrix, packed
-inline void multiply(float* out, const Element* rows, const Element* matrix, int64_t K, int64_t N) {
+inline void multiply(float* out, const Element* rows, const Element* matrix, int64_t K, int64_t N, const void* = nullptr, int64_t = 0) {
   for (int64_t n = 0; n < N; n += PAD)
     for (int64_t i = 0; i < ROWS; i += GROUP) {
       Vec sum[GROUP][2];
