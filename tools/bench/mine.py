@@ -76,11 +76,11 @@ def loop_step(mine: Mine, networks: list[PairNetwork], view_SVD: Tensor, held_ou
     return torch.stack(estimates), total
 
 
-def batched_step(mine: Mine, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by `Mine`, its moving averages and statistics included."""
-    found = mine(view_SVD, present_SV, held_out_V, alone, True, CLIP)
-    found.loss.backward()
-    return found.information_P, found.loss.detach()
+def batched_step(mines: list[Mine], views: list[Tensor], presents: list[Tensor], held_out_V: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The same by `Mine`, its moving averages and statistics included; one backward pass for all, as in training."""
+    found = [mine(view, present, held_out_V, alone, True, CLIP) for mine, view, present in zip(mines, views, presents, strict=True)]
+    torch.stack([one.loss for one in found]).sum().backward()
+    return [(one.information_P, one.loss.detach()) for one in found]
 
 
 def clear(module: nn.Module) -> None:
@@ -156,9 +156,10 @@ def main() -> None:
             return loop()
 
     def batched(form: str) -> list[tuple[Tensor, Tensor]]:
-        for mines, _, _, _ in cases:
-            clear(mines[form])
-        return [batched_step(mines[form], view, present, held_out_V) for mines, _, view, present in cases]
+        mines = [case[0][form] for case in cases]
+        for mine in mines:
+            clear(mine)
+        return batched_step(mines, [case[2] for case in cases], [case[3] for case in cases], held_out_V)
 
     if args.child:
         # The first call builds kernels and warms up; the kernel's mark of the peak is then reset.
