@@ -85,8 +85,9 @@ void mocme_experts_backward(const float* x, const float* first, const float* fir
 #pragma omp parallel num_threads(threads)
   {
     [[maybe_unused]] const Tiles tiles;
-    Buffer<Element> rows(ROWS * D), hidden(ROWS * D), slopes(ROWS * D), packed(ROWS * D), first_packed(size), second_turned(size);
-    Buffer<float> product(ROWS * D), sums(2 * size);
+    constexpr int64_t MOST = BLOCKS * ROWS;
+    Buffer<Element> rows(MOST * D), hidden(MOST * D), packed(MOST * D), slopes(ROWS * D), first_packed(size), second_turned(size);
+    Buffer<float> product(MOST * D), sums(2 * size);
     // An expert is one thread's: its weights' gradients are summed in the second cache.
 #pragma omp for schedule(static)
     for (int64_t e = 0; e < M * K; ++e) {
@@ -97,27 +98,35 @@ void mocme_experts_backward(const float* x, const float* first, const float* fir
       pack(second_turned.data, second + e * size, D, D, 1, D);
       std::memset(sums.data, 0, 2 * size * sizeof(float));
       float *to_first = first_bias_grad + e * D, *to_second = second_bias_grad + e * D;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t begin = block * ROWS, count = std::min(ROWS, U - begin);
-        const float* from = slope + (e * U + begin) * D;
-        Element* pull = pulls.data + (e * blocks + block) * ROWS * D;
-        take_rows(rows.data, x + (m * U + begin) * D, count, D);
-        hide_rows(hidden.data, product.data, rows.data, first_packed.data, first_bias + e * D, count, D);
-        take_rows(slopes.data, from, count, D);
-        std::memcpy(product.data, from, count * D * sizeof(float));
-        std::memset(product.data + count * D, 0, (ROWS - count) * D * sizeof(float));
-        pack(packed.data, product.data, ROWS, D, D, 1);
-        accumulate(sums.data + size, hidden.data, D, D, packed.data, D);
-        for (int64_t i = 0; i < count; ++i) for (int64_t d = 0; d < D; d += W) store(to_second + d, add(load(to_second + d), load(from + i * D + d)));
-        multiply(product.data, slopes.data, second_turned.data, D, D);
-        for (int64_t i = 0; i < ROWS; ++i)
-          for (int64_t d = 0; d < D; d += W) {
-            const Vec value = where_positive(load(hidden.data + i * D + d), load(product.data + i * D + d));
-            store(product.data + i * D + d, value), store(pull + i * D + d, value);
-            store(to_first + d, add(load(to_first + d), value));
-          }
-        pack(packed.data, product.data, ROWS, D, D, 1);
-        accumulate(sums.data, rows.data, D, D, packed.data, D);
+      for (int64_t block = 0; block < blocks; block += BLOCKS) {
+        const int64_t together = std::min(BLOCKS, blocks - block);
+        for (int64_t b = 0; b < together; ++b) {
+          const int64_t begin = (block + b) * ROWS, count = std::min(ROWS, U - begin), at = b * ROWS * D;
+          const float* from = slope + (e * U + begin) * D;
+          float* own_slope = product.data + at;
+          take_rows(rows.data + at, x + (m * U + begin) * D, count, D);
+          hide_rows(hidden.data + at, own_slope, rows.data + at, first_packed.data, first_bias + e * D, count, D);
+          std::memcpy(own_slope, from, count * D * sizeof(float));
+          std::memset(own_slope + count * D, 0, (ROWS - count) * D * sizeof(float));
+          pack(packed.data + at, own_slope, ROWS, D, D, 1);
+          for (int64_t i = 0; i < count; ++i) for (int64_t d = 0; d < D; d += W) store(to_second + d, add(load(to_second + d), load(from + i * D + d)));
+        }
+        accumulate(sums.data + size, hidden.data, D, D, packed.data, D, together);
+        for (int64_t b = 0; b < together; ++b) {
+          const int64_t at = b * ROWS * D;
+          float* pull = product.data + at;
+          Element* kept = pulls.data + (e * blocks + block + b) * ROWS * D;
+          take_rows(slopes.data, pull, ROWS, D);
+          multiply(pull, slopes.data, second_turned.data, D, D);
+          for (int64_t i = 0; i < ROWS; ++i)
+            for (int64_t d = 0; d < D; d += W) {
+              const Vec value = where_positive(load(hidden.data + at + i * D + d), load(pull + i * D + d));
+              store(pull + i * D + d, value), store(kept + i * D + d, value);
+              store(to_first + d, add(load(to_first + d), value));
+            }
+          pack(packed.data + at, pull, ROWS, D, D, 1);
+        }
+        accumulate(sums.data, rows.data, D, D, packed.data, D, together);
       }
       for (int64_t d = 0; d < D; ++d) std::memcpy(first_grad + m * D * wide + d * wide + e % K * D, sums.data + d * D, D * sizeof(float));
       std::memcpy(second_grad + e * size, sums.data + size, size * sizeof(float));

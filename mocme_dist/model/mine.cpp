@@ -373,15 +373,15 @@ void mocme_mine_backward(const Networks* networks) {
       const int64_t s = item / strips, d = item % strips * STRIP, columns = std::min(STRIP, n.D - d);
       float* grad = n.first_grad + (s * n.D + d) * wide;
       std::memset(grad, 0, columns * wide * sizeof(float));
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t begin = block * ROWS, count = std::min(ROWS, n.T - begin);
-        const Element* rows = n.trained + (s * n.T + begin) * n.D;
-        if (count < ROWS) {
+      for (int64_t block = 0, together = 1; block < blocks; block += together) {
+        const Element* rows = n.trained + (s * n.T + block * ROWS) * n.D;
+        together = std::min(BLOCKS, n.T / ROWS - block);
+        if (together < 1) {  // the last rows are less than a block
           std::memset(static_cast<void*>(padded.data), 0, ROWS * n.D * sizeof(Element));
-          std::memcpy(static_cast<void*>(padded.data), rows, count * n.D * sizeof(Element));
-          rows = padded.data;
+          std::memcpy(static_cast<void*>(padded.data), rows, (n.T - block * ROWS) * n.D * sizeof(Element));
+          rows = padded.data, together = 1;
         }
-        accumulate(grad, rows + d, n.D, columns, sides.data + (s * blocks + block) * ROWS * wide, wide);
+        accumulate(grad, rows + d, n.D, columns, sides.data + (s * blocks + block) * ROWS * wide, wide, together);
       }
     }
   }

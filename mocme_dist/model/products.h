@@ -43,7 +43,7 @@ inline float total(Vec a) {
 }
 #endif
 
-constexpr int64_t ROWS = 32;
+constexpr int64_t ROWS = 32, BLOCKS = 4;
 
 #if defined(__AMX_BF16__)
 
@@ -209,32 +209,37 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
-// out (M, N) += left^T right; left (ROWS, M) with a given stride, right (ROWS, N) packed
-inline void accumulate(float* out, const Element* left, int64_t stride, int64_t M, const Element* right, int64_t N) {
+// out (M, N) += left^T right; left (blocks * ROWS, M) with a given stride, right packed block by block, (ROWS, N) each.
+// Several blocks at once, at most BLOCKS: `out` comes into the registers and leaves them once for all of them.
+inline void accumulate(float* out, const Element* left, int64_t stride, int64_t M, const Element* right, int64_t N, int64_t blocks = 1) {
   constexpr int64_t TILE = 16 * 32;
-  alignas(64) Low turned[2 * PARTS * TILE];
+  alignas(64) Low turned[BLOCKS][2 * PARTS * TILE];
   for (int64_t i = 0; i < M; i += 32) {
-    for (int half = 0; half < 2; ++half)
-      for (int64_t part = 0; part < PARTS; ++part) {
-        __m512i pairs[16];  // rows two by two side by side
-        for (int r = 0; r < 16; ++r) {
-          const auto row = [=](int64_t number) {
-            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(parts(left + number * stride + i + 16 * half) + 32 * part));
-          };
-          pairs[r] = pair_up(row(2 * r), row(2 * r + 1));
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int half = 0; half < 2; ++half)
+        for (int64_t part = 0; part < PARTS; ++part) {
+          __m512i pairs[16];  // rows two by two side by side
+          for (int r = 0; r < 16; ++r) {
+            const auto row = [=](int64_t number) {
+              const Low* from = parts(left + (b * ROWS + number) * stride + i + 16 * half) + 32 * part;
+              return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+            };
+            pairs[r] = pair_up(row(2 * r), row(2 * r + 1));
+          }
+          transpose(pairs);
+          for (int r = 0; r < 16; ++r) _mm512_store_si512(turned[b] + (half * PARTS + part) * TILE + 32 * r, pairs[r]);
         }
-        transpose(pairs);
-        for (int r = 0; r < 16; ++r) _mm512_store_si512(turned + (half * PARTS + part) * TILE + 32 * r, pairs[r]);
-      }
     settle();
     for (int64_t j = 0; j < N; j += 32) {
       float* to = out + i * N + j;
-      const Low* first = reinterpret_cast<const Low*>(right + j * ROWS);
       _tile_loadd(0, to, N * 4);
       _tile_loadd(1, to + 16, N * 4);
       _tile_loadd(2, to + 16 * N, N * 4);
       _tile_loadd(3, to + 16 * N + 16, N * 4);
-      multiply_tiles(turned, turned + PARTS * TILE, 64, TILE, first, first + 16 * ROWS * PARTS);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Low* first = reinterpret_cast<const Low*>(right + b * ROWS * N + j * ROWS);
+        multiply_tiles(turned[b], turned[b] + PARTS * TILE, 64, TILE, first, first + 16 * ROWS * PARTS);
+      }
       _tile_stored(0, to, N * 4);
       _tile_stored(1, to + 16, N * 4);
       _tile_stored(2, to + 16 * N, N * 4);
@@ -291,13 +296,14 @@ inline void multiply(float* out, const Element* rows, const Element* matrix, int
     }
 }
 
-// out (M, N) += left^T right; left (ROWS, M) with a given stride, right (ROWS, N) packed
-inline void accumulate(float* out, const Element* left, int64_t stride, int64_t M, const Element* right, int64_t N) {
+// out (M, N) += left^T right; left (blocks * ROWS, M) with a given stride, right packed block by block, (ROWS, N) each
+inline void accumulate(float* out, const Element* left, int64_t stride, int64_t M, const Element* right, int64_t N, int64_t blocks = 1) {
   for (int64_t n = 0; n < N; n += PAD)
     for (int64_t i = 0; i < M; i += GROUP) {
       Vec sum[GROUP][2];
       for (int64_t r = 0; r < GROUP; ++r) sum[r][0] = load(out + (i + r) * N + n), sum[r][1] = load(out + (i + r) * N + n + LANES);
-      group_product(sum, left + i, 1, stride, right + n * ROWS, ROWS);
+      for (int64_t b = 0; b < blocks; ++b)
+        group_product(sum, left + b * ROWS * stride + i, 1, stride, right + b * ROWS * N + n * ROWS, ROWS);
       for (int64_t r = 0; r < GROUP; ++r) store(out + (i + r) * N + n, sum[r][0]), store(out + (i + r) * N + n + LANES, sum[r][1]);
     }
 }
