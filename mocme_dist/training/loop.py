@@ -25,7 +25,7 @@ from mocme_dist.training import checkpoint, remote, remote_saver
 from mocme_dist.training.checkpoint import Saver
 from mocme_dist.training.lease import Held
 from mocme_dist.training.log import RunLog, duration
-from mocme_dist.training.monitor import Monitor
+from mocme_dist.training.monitor import Monitor, advice
 from mocme_dist.training.profiler import StepProfiler
 from mocme_dist.training.rundir import RunDirectory
 from mocme_dist.training.step import train_step
@@ -177,6 +177,8 @@ class Training:
         """Step until the last epoch, the patience or a stop; collective."""
         if self.comm.rank == 0:
             log.info(self.monitor.opening(self.steps_per_epoch))
+            if faster := advice(self.config, self.comm.device):
+                log.info(faster)
         patience = self.config.train.patience
         with Prefetcher(self.worker.prepare, self.step, self.last_step) as batches, self.profiler.running():
             stream = iter(batches)

@@ -20,6 +20,7 @@ import torch
 from mocme_dist.config import Config
 from mocme_dist.errors import DataError, StorageError
 from mocme_dist.model.fusion import PairInformation
+from mocme_dist.model.native import has_amx
 from mocme_dist.training.log import Progress, RunLog, duration, log
 from mocme_dist.training.sample import entity_roles, frequent, thumbnails
 from mocme_dist.training.step import STAT_NAMES, StepResult
@@ -38,6 +39,18 @@ CHARTS = {
     "Scale": {"memory of rank 0, GiB": ["^scale/rss_gib$"], "vectors sent a step": ["^scale/vectors_sent$"]},
     "Health": {"gradient norms": ["^train/gradient_norm_.*"], "warnings": ["^warnings/.*", "^train/skipped_steps$"]},
 }
+
+
+def advice(config: Config, device: torch.device) -> str | None:
+    """A setting that would make this run's steps faster on this CPU, if there is one."""
+    exact = {config.train.precision, config.mine.precision} == {"float32"} and not config.deepspeed.bf16
+    kernels = device.type == "cpu" and config.compile != "off" and config.deepspeed.stage < 3
+    if not (exact and kernels and config.experts.kind == "mlp" and has_amx()):
+        return None
+    return (
+        "this CPU has AMX: with train.precision=bfloat16x3 mine.precision=bfloat16x3 experts multiply numbers of 16 bits, about 2.5 times "
+        "as fast; with bfloat16 numbers of 8 bits, more than 4 times as fast"
+    )
 
 
 class Monitor:

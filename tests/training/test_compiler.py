@@ -10,7 +10,9 @@ import sysconfig
 import pytest
 import torch
 
+from mocme_dist.config import load_config
 from mocme_dist.errors import ConfigError
+from mocme_dist.training import monitor
 from mocme_dist.training.worker import use_compiler
 
 CPU = torch.device("cpu")
@@ -36,3 +38,14 @@ def test_a_machine_that_has_all_compiles(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     (tmp_path / "Python.h").touch()
     assert use_compiler("auto", CPU) and use_compiler("on", CPU)
+
+
+def test_who_has_amx_is_told_what_is_faster_unless_it_is_set(monkeypatch):
+    advised = lambda *settings: monitor.advice(load_config([], list(settings)), CPU)  # noqa: E731
+    monkeypatch.setattr(monitor, "has_amx", lambda: False)
+    assert advised() is None
+    monkeypatch.setattr(monitor, "has_amx", lambda: True)
+    assert "train.precision=bfloat16x3 mine.precision=bfloat16x3" in advised()
+    for setting in ("mine.precision=bfloat16", "deepspeed.bf16=true", "compile=off", "deepspeed.stage=3"):
+        assert advised(setting) is None, setting
+    assert monitor.advice(load_config([], []), torch.device("cuda")) is None
