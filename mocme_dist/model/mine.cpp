@@ -45,7 +45,7 @@ struct Networks {
   int32_t* next;                    // (P, V) marginal partners; -1 where the pair is not present
   double* exps;                     // (P, T)
   double* sums;                     // (6, P): rows, T, exp of those that train, then of those that estimate; (S) rows; (2, S, width)
-  const float *joint_slope, *marginal_slope;  // (P), of T and of exp T
+  const float* slopes;              // (2, P) of T and of exp T
   float *first_grad, *bias_grad, *second_grad, *second_bias_grad, *last_grad;
 };
 
@@ -207,7 +207,7 @@ static void pull_sides(float* grad, int64_t* stray_row, float* stray_pull, Space
     const bool marginal = item % 2;
     const int32_t* next = n.next + p * n.V + first;
     for (int64_t i = 0; i < count; ++i) {
-      const double slope = marginal ? n.marginal_slope[p] * n.exps[p * n.T + first + i] : n.joint_slope[p];
+      const double slope = marginal ? n.slopes[n.P + p] * n.exps[p * n.T + first + i] : n.slopes[p];
       space.slope.data[i] = next[i] < 0 ? 0.0f : static_cast<float>(slope);
     }
     first_layer(space.hidden.data, n, p, first, count, marginal);
@@ -300,10 +300,11 @@ void mocme_mine_forward(const Networks* networks) {
   }
 }
 
-// From sums over ranks, see Networks, to (3, P) information, log n and log E[exp T'], whether a pair has two rows, and (2, P)
-// 1 / n and 1 / (n E[exp T']); moves the averages: of exp T' (P), of each column's mean and deviation (S, D), their number (1).
-void mocme_mine_agree(const double* sums, float* mean_exp, float* center, float* deviation, float* updates, float* estimates, uint8_t* valid,
-                      double* slopes, int64_t S, int64_t P, int64_t D, int64_t bounded, int32_t) {
+// From sums over ranks and `own` ones, see Networks, to the own share of the loss, its (2, P) slopes on T and exp T', (3, P)
+// information, log n and log E[exp T'], and whether a pair has two rows; moves the averages: of exp T' (P), of each column's mean
+// and deviation (S, D), their number (1).
+void mocme_mine_finish(const double* sums, const double* own, float* mean_exp, float* center, float* deviation, float* updates, float* loss,
+                       float* slopes, float* estimates, uint8_t* valid, int64_t S, int64_t P, int64_t D, int64_t bounded, int32_t) {
   const double *rows = sums + 6 * P, *total = rows + S, *square = total + S * D;
   for (int64_t s = 0; s < S; ++s) {
     const float keep = rows[s] < 2 ? 1.0f : updates[0] > 0 ? 0.9f : 0.0f;
@@ -317,6 +318,7 @@ void mocme_mine_agree(const double* sums, float* mean_exp, float* center, float*
   }
   updates[0] += 1;
   const auto at_least = [](double x, double least) { return x < least ? least : x; };
+  double value = 0;
   for (int64_t p = 0; p < P; ++p) {
     const double trained = sums[p], count = sums[3 * P + p], n = at_least(count, 1);
     const double log_mean_exp = std::log(at_least(sums[5 * P + p] / n, 1e-30));
@@ -329,8 +331,11 @@ void mocme_mine_agree(const double* sums, float* mean_exp, float* center, float*
     estimates[p] = static_cast<float>(information), estimates[P + p] = static_cast<float>(std::log(n));
     estimates[2 * P + p] = static_cast<float>(log_mean_exp);
     valid[p] = count >= 2;
-    slopes[p] = 1 / at_least(trained, 1), slopes[P + p] = slopes[p] / at_least(mean_exp[p], 1e-30);
+    const double weight = 1 / at_least(trained, 1), slope = weight / at_least(mean_exp[p], 1e-30);
+    slopes[p] = static_cast<float>(-weight), slopes[P + p] = static_cast<float>(slope);
+    value += own[2 * P + p] * slope - own[P + p] * weight;
   }
+  *loss = static_cast<float>(value);
 }
 
 // Fills first_grad and adds to the other gradients, from what forward left and the slopes.

@@ -52,26 +52,11 @@ class Found(NamedTuple):
     Attributes:
         sums: flat, float64, added up over ranks: number, sum of T and sum of exp T' of the rows that train, then of those
             that estimate, each (P,); then what `_moments` says.
-        loss: from 1 / n and 1 / (n E[exp T']) of each pair, over all ranks, to the loss of this rank's share.
+        finish: from those sums over ranks to the estimate; moves the averages.
     """
 
     sums: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
-
-
-class Agreed(NamedTuple):
-    """What the sums over ranks say, float64 or float32; the fields of MineEstimate, and the slopes of the loss.
-
-    Attributes:
-        weight_P: 1 / n of the rows that train. slope_P: that divided by the average of E[exp T'].
-    """
-
-    information_P: Tensor
-    log_n_P: Tensor
-    log_mean_exp_P: Tensor
-    valid_P: Tensor
-    weight_P: Tensor
-    slope_P: Tensor
+    finish: Callable[[Tensor], MineEstimate]
 
 
 def pairs_within(num_modalities: int, num_experts: int) -> list[tuple[int, int]]:
@@ -251,16 +236,28 @@ class Mine(nn.Module):
         view_SVD = view_SVD.detach()
         by_kernels = self.kernels and statistics.has_kernels(view_SVD, self.products) and self.center_SD.dtype == torch.float32
         found = (self._by_kernels if by_kernels else self._by_torch)(view_SVD, present_SV, held_out_V, bounded, clip)
-        with torch.no_grad():
-            # One reduction for everything that ranks must agree on.
-            reduced = reduce(found.sums)
-            agreed = Agreed(*statistics.agree(reduced, self._averages, bounded)) if by_kernels else self._agree(reduced, bounded)
-        loss = found.loss(agreed.weight_P, agreed.slope_P)
-        information_P, log_n_P, log_mean_exp_P = (value.float() for value in agreed[:3])
-        return MineEstimate(loss.float(), information_P, log_n_P, log_mean_exp_P, agreed.valid_P)
+        # One reduction for everything that ranks must agree on.
+        return found.finish(reduce(found.sums))
 
-    def _agree(self, reduced: Tensor, bounded: bool) -> Agreed:
-        """From the sums over ranks; moves the averages. What the kernel of the same name does."""
+    def _by_torch(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, bounded: bool, clip: float) -> Found:
+        compiled = self.compiled and vary([view_SVD, present_SV], 1) and vary([held_out_V], 0)
+        joint_PV, marginal_PV, exp_PV, train_PV, sums = (self._graph if compiled else _statistics)(
+            self, view_SVD, present_SV, held_out_V, bounded=bounded, clip=clip
+        )
+
+        def finish(reduced: Tensor) -> MineEstimate:
+            with torch.no_grad():
+                weight_P, slope_P, *estimate = self._agree(reduced, bounded)
+            # The clip bounds the exponential but not its gradient: a T' beyond the clip must still be pushed back, or
+            # nothing holds T where the true information is unbounded (without this it passed 1e7 in 4,000 steps).
+            pushed_PV = exp_PV * (1 + marginal_PV - marginal_PV.detach())
+            loss = ((pushed_PV * train_PV).sum(1) * slope_P - (joint_PV * train_PV).sum(1) * weight_P).sum()
+            return MineEstimate(loss.float(), *estimate)
+
+        return Found(sums, finish)
+
+    def _agree(self, reduced: Tensor, bounded: bool) -> tuple[Tensor, ...]:
+        """Slopes of the loss on T and on exp T', and MineEstimate's fields behind the loss, from the sums over ranks."""
         P = len(self.mean_exp_P)
         trained_P, _, train_exp_P, count_P, joint_P, exp_P = reduced[: 6 * P].view(6, P)
         self._follow_views(reduced[6 * P :])
@@ -272,21 +269,7 @@ class Mine(nn.Module):
         self._average(train_exp_P / trained_P.clamp_min(1), trained_P > 0)
         weight_P = 1 / trained_P.clamp_min(1)
         slope_P = weight_P / self.mean_exp_P.clamp_min(1e-30)
-        return Agreed(information_P, n_P.log(), log_mean_exp_P, count_P >= 2, weight_P, slope_P)
-
-    def _by_torch(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, bounded: bool, clip: float) -> Found:
-        compiled = self.compiled and vary([view_SVD, present_SV], 1) and vary([held_out_V], 0)
-        joint_PV, marginal_PV, exp_PV, train_PV, sums = (self._graph if compiled else _statistics)(
-            self, view_SVD, present_SV, held_out_V, bounded=bounded, clip=clip
-        )
-
-        def loss(weight_P: Tensor, slope_P: Tensor) -> Tensor:
-            # The clip bounds the exponential but not its gradient: a T' beyond the clip must still be pushed back, or
-            # nothing holds T where the true information is unbounded (without this it passed 1e7 in 4,000 steps).
-            pushed_PV = exp_PV * (1 + marginal_PV - marginal_PV.detach())
-            return ((pushed_PV * train_PV).sum(1) * slope_P - (joint_PV * train_PV).sum(1) * weight_P).sum()
-
-        return Found(sums, loss)
+        return weight_P, slope_P, information_P.float(), n_P.log().float(), log_mean_exp_P.float(), count_P >= 2
 
     def _by_kernels(self, view_SVD: Tensor, present_SV: Tensor, held_out_V: Tensor, bounded: bool, clip: float) -> Found:
         networks, parameters = self.networks, list(self.networks.parameters())
@@ -300,18 +283,8 @@ class Mine(nn.Module):
             self.products,
             clip if bounded else math.inf,
         )
-        P = len(self.mean_exp_P)
-        joint_P, exp_P = rows.sums[P : 2 * P], rows.sums[2 * P : 3 * P]
-
-        def loss(weight_P: Tensor, slope_P: Tensor) -> Tensor:
-            value = (exp_P.dot(slope_P) - joint_P.dot(weight_P)).float()
-            return statistics.with_gradient(value, -weight_P, slope_P, rows, parameters)
-
-        return Found(rows.sums, loss)
-
-    @property
-    def _averages(self) -> tuple[Tensor, ...]:
-        return self.mean_exp_P, self.center_SD, self.deviation_SD, self.num_updates
+        averages = (self.mean_exp_P, self.center_SD, self.deviation_SD, self.num_updates)
+        return Found(rows.sums, lambda reduced: MineEstimate(*statistics.finish(reduced, rows, averages, bounded, parameters)))
 
     @property
     def products(self) -> str:

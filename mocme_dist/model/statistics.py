@@ -27,8 +27,7 @@ _SIZES = ("S", "V", "T", "P", "D", "H", "width", "threads", "halves", "low")
 _VIEWS = ("view", "present", "held_out", "center", "inverse", "left", "right")
 _PARAMETERS = ("first", "bias", "second", "second_bias", "last")
 _FOUND = ("trained", "sides", "next", "exps", "sums")
-_SLOPES = ("joint_slope", "marginal_slope")
-_ARRAYS = (*_VIEWS, *_PARAMETERS, *_FOUND, *_SLOPES, *(f"{name}_grad" for name in _PARAMETERS))
+_ARRAYS = (*_VIEWS, *_PARAMETERS, *_FOUND, "slopes", *(f"{name}_grad" for name in _PARAMETERS))
 
 
 class _Networks(ctypes.Structure):
@@ -113,58 +112,45 @@ def forward(
     return Pass(sums, sizes, {name: arrays[name] for name in ("left", "right", *_FOUND)}, precision, clip)
 
 
-def agree(sums: Tensor, averages: Sequence[Tensor], bounded: bool) -> tuple[Tensor, ...]:
-    """Fields of `Agreed` from sums over ranks, as `Mine._agree`.
+def finish(sums: Tensor, found: Pass, averages: Sequence[Tensor], bounded: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Fields of `MineEstimate`; moves the averages.
 
     Args:
-        sums: see `Pass`.
-        averages: mean_exp_P, center_SD, deviation_SD and num_updates of `Mine`, float32; they are moved.
+        sums: those of `found` over all ranks.
+        found: what forward left.
+        averages: mean_exp_P, center_SD, deviation_SD and num_updates of `Mine`, float32.
         bounded: cap the information at log n.
+        parameters: as given to forward; they get a gradient from the loss.
     """
     P, (S, D) = len(averages[0]), averages[1].shape
-    estimates_3P, valid_P, slopes_2P = torch.empty(3, P), torch.empty(P, dtype=torch.bool), torch.empty(2, P, dtype=torch.float64)
-    arrays = (sums, *averages, estimates_3P, valid_P, slopes_2P)
-    call(_kernels("float32"), "mocme_mine_agree", arrays, (S, P, D, int(bounded)))
-    return *estimates_3P, valid_P, *slopes_2P
+    loss, slopes_2P, estimates_3P, valid_P = torch.empty(()), torch.empty(2, P), torch.empty(3, P), torch.empty(P, dtype=torch.bool)
+    arrays = (sums, found.sums, *averages, loss, slopes_2P, estimates_3P, valid_P)
+    call(_kernels("float32"), "mocme_mine_finish", arrays, (S, P, D, int(bounded)))
+    return _Loss.apply(loss, slopes_2P, found, *parameters), *estimates_3P, valid_P
 
 
-class _Value(torch.autograd.Function):
+class _Loss(torch.autograd.Function):
     """A given value whose gradient to the parameters is that of slopes of T and of exp T'."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, joint_P: Tensor, marginal_P: Tensor, found: Pass, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, slopes_2P: Tensor, found: Pass, *parameters: Tensor) -> Tensor:
         """The value."""
-        ctx.save_for_backward(joint_P, marginal_P, *parameters)
+        ctx.save_for_backward(slopes_2P, *parameters)
         ctx.found = found
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of the parameters."""
-        joint_P, marginal_P, *parameters = ctx.saved_tensors
+        slopes_2P, *parameters = ctx.saved_tensors
         found: Pass = ctx.found
-        D, H = found.sizes["D"], found.sizes["H"]
-        padded = _pad(parameters, D, H)
+        padded = _pad(parameters, found.sizes["D"], found.sizes["H"])
         # The kernel clears the largest itself, piece by piece as it fills it.
         grads = [torch.empty_like(padded[0]), *(torch.zeros_like(value) for value in padded[1:])]
-        slopes = [(slope * value).float().contiguous() for value in (joint_P, marginal_P)]
-        names = (*_PARAMETERS, *_SLOPES, *(f"{name}_grad" for name in _PARAMETERS))
-        arrays = found.arrays | dict(zip(names, (*padded, *slopes, *grads), strict=True))
+        names = (*_PARAMETERS, "slopes", *(f"{name}_grad" for name in _PARAMETERS))
+        arrays = found.arrays | dict(zip(names, (*padded, slopes_2P * slope, *grads), strict=True))
         _run("mocme_mine_backward", found.precision, found.sizes, found.clip, arrays)
-        return None, None, None, None, *_cut(grads, parameters)
-
-
-def with_gradient(value: Tensor, joint_P: Tensor, marginal_P: Tensor, found: Pass, parameters: Sequence[Tensor]) -> Tensor:
-    """A scalar with a gradient to the parameters.
-
-    Args:
-        value: of the scalar.
-        joint_P: its slope on T of each joint row that trains.
-        marginal_P: its slope on T' of each marginal row that trains, divided by exp T'.
-        found: what forward left.
-        parameters: as given to forward.
-    """
-    return _Value.apply(value, joint_P, marginal_P, found, *parameters)  # type: ignore[no-any-return]
+        return None, None, None, *_cut(grads, parameters)
 
 
 def _room(size: int) -> Tensor:
