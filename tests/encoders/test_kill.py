@@ -96,11 +96,12 @@ def start(directory: Path, ray_folder: str) -> subprocess.Popen[str]:
 
 def wait_for_parts(directory: Path, count: int, process: subprocess.Popen[str]) -> None:
     """Until so many parts are done, or the run has ended by itself."""
-    for _ in range(24_000):
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
         if done_in(directory) >= count or process.poll() is not None:
             return
         time.sleep(0.005)
-    raise AssertionError(f"no {count} parts within two minutes")
+    raise AssertionError(f"no {count} parts within 400 seconds")
 
 
 def done_in(directory: Path) -> int:
@@ -120,7 +121,7 @@ def actors_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def kill_driver(process: subprocess.Popen[str]) -> None:
     """SIGKILL, then wait until the Ray that it started is gone as well."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(family, timeout=20)
@@ -130,13 +131,14 @@ def kill_driver(process: subprocess.Popen[str]) -> None:
 
 
 def finish(process: subprocess.Popen[str]) -> dict:
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err[-3000:]
     return json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_actors_and_drivers_leave_what_an_undisturbed_run_leaves(directory, ray_folder, expected):
     seed = int(os.environ.get("MOCME_SEED", time.time_ns() % 1_000_000))
     print(f"seed {seed}: repeat with MOCME_SEED={seed}")
@@ -149,7 +151,8 @@ def test_killed_actors_and_drivers_leave_what_an_undisturbed_run_leaves(director
         if actors := actors_of(process):
             actor = gen.choice(actors)
             killed.append(f"actor {actor.pid}")
-            os.kill(actor.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(actor.pid, signal.SIGKILL)
             wait_for_parts(directory, done_in(directory) + gen.randint(1, 3), process)  # an actor takes its place
         if process.poll() is not None:
             finish(process)
@@ -169,13 +172,15 @@ def test_killed_actors_and_drivers_leave_what_an_undisturbed_run_leaves(director
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_survives_its_actor_and_two_runs_at_once_are_harmless(directory, ray_folder, expected):
     other_folder = tempfile.mkdtemp(prefix="mocme-k-")
     try:
         first, second = start(directory, ray_folder), start(directory, other_folder)
         wait_for_parts(directory, 1, first)
         if actors := actors_of(first):
-            os.kill(actors[0].pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(actors[0].pid, signal.SIGKILL)
         reports = [finish(process) for process in (first, second)]
     finally:
         shutil.rmtree(other_folder, ignore_errors=True)

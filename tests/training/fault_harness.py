@@ -54,7 +54,7 @@ class Command:
         """What it said so far."""
         return self.errors.read_text()
 
-    def end(self, timeout_s: float = 300) -> tuple[int, str]:
+    def end(self, timeout_s: float = 600) -> tuple[int, str]:
         """Exit code and the last line of its output."""
         output, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, output.strip().splitlines()[-1] if output.strip() else ""

@@ -21,7 +21,7 @@ from tiny_run import losses, tiny_config
 from mocme_dist.data.storage import Mirror
 from mocme_dist.train import train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 LAST = 270
 # Not the entropy classes: their weights jump at a threshold, and at step 156 here one negative stands so near to it that

@@ -19,7 +19,7 @@ from tiny_run import final_hashes, losses, tiny_config
 
 from mocme_dist.training.loop import run_training
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 LAST, INTERVAL = 270, 20
 LENGTH = ("train.epochs=30", f"train.checkpoint_steps={INTERVAL}", "train.eval_every=30", "train.checkpoint_every=30")

@@ -52,7 +52,8 @@ def test_a_lock_of_another_host_that_stands_still_is_taken_over(tmp_path, text, 
     held.release()
 
 
-def test_a_lock_of_another_host_that_is_freshened_turns_away(tmp_path):
+def test_a_lock_of_another_host_that_is_freshened_turns_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "WATCH_S", 60.0)  # the first change that is seen ends it
     over = threading.Event()
 
     def freshen() -> None:

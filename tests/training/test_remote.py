@@ -170,7 +170,7 @@ def test_ranks_on_machines_of_their_own_write_one_checkpoint_and_each_fetches_it
 
 def test_a_living_run_is_not_disturbed_and_a_silent_one_is_taken_over(url, monkeypatch, machine, tiny_dataset, caplog):
     monkeypatch.setattr(leases, "BEAT_S", 0.05)
-    monkeypatch.setattr(leases, "WATCH_S", 1.0)
+    monkeypatch.setattr(leases, "WATCH_S", 60.0)  # the first beat that is seen ends it
     machine("a")
     with RunDirectory(url).lock() as lease:
         assert lease is not None
@@ -187,6 +187,7 @@ def test_a_living_run_is_not_disturbed_and_a_silent_one_is_taken_over(url, monke
             time.sleep(0.01)
         lease._over.set()
         lease._thread.join()
+        monkeypatch.setattr(leases, "WATCH_S", 0.5)
         with RunDirectory(url).lock() as second:
             assert second is not None and second.held.number == lease.held.number + 1
             assert "on elsewhere since" in caplog.text and "is taken over" in caplog.text

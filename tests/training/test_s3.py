@@ -114,7 +114,7 @@ def test_the_store_itself_makes_an_object_once_and_one_of_two_has_the_run(bucket
     import boto3
 
     monkeypatch.setattr(leases, "BEAT_S", 0.1)
-    monkeypatch.setattr(leases, "WATCH_S", 2.0)
+    monkeypatch.setattr(leases, "WATCH_S", 60.0)  # the first beat that is seen ends it
     mirror = Mirror(f"{bucket}/run")
     for folder in ("run/", "run/checkpoints/"):  # as a console makes them
         boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key=folder, Body=b"")
