@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from mocme_dist.errors import RankError
 from mocme_dist.training.pulse import Sign
 
-# What a rank says that lost another one; the other one knows why.
-_FOLLOWER = re.compile(r"connection|broken pipe|peer|socket|timed out waiting|remote process exited|SIGTERM", re.IGNORECASE)
+# What a rank says that lost another one, or whose process group Ray took down for the sake of another one; that one knows why.
+_FOLLOWER = re.compile(
+    r"connection|broken pipe|peer|socket|timed out waiting|remote process exited|SIGTERM"
+    r"|process group has not been initialized|invalid process group|group .* (is not registered|does not exist)",
+    re.IGNORECASE,
+)
 _GONE, _HUNG = "WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError"
 
 

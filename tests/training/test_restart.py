@@ -24,6 +24,7 @@ from mocme_dist.training.stopping import StopRequest
 from mocme_dist.training.supervise import Supervisor
 
 PEER = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:33447"
+ENDED = "ValueError: Default process group has not been initialized, please make sure to call init_process_group."
 
 
 def ray_error(name: str, text: str = "") -> Exception:
@@ -46,6 +47,9 @@ GONE, HUNG, LOST = ray_error("WorkerHealthCheckFailedError"), ray_error("WorkerH
         # Ray heard of the complaint only: who did not complain is lost.
         ({0: LOST}, [sign(0, 9, PEER), sign(1, 7), sign(2, 9, PEER)], r"rank 1 \(pid 101 .* was lost at step 9", 9, False),
         ({2: HUNG}, [sign(0), sign(1), sign(2)], r"rank 2 .* did not answer any more after step 7", 7, False),
+        # Ray gave one up and took the group down under the others, which were between two collectives.
+        ({0: HUNG}, [sign(0), sign(1, 8, ENDED)], r"rank 0 .* did not answer any more after step 8", 8, False),
+        ({1: GONE}, [sign(0, 9, ENDED), sign(1, 7)], r"rank 1 .* was lost at step 9", 9, False),
         # One failed by itself, the others lost it.
         ({0: LOST, 1: ValueError("bad")}, [sign(0, 9, PEER), sign(1, 8)], r"rank 1 .* failed at step 8: ValueError: bad$", 8, True),
         ({0: LOST}, [sign(0, 9, PEER), sign(1, 9, "ValueError: bad", "trace")], r"rank 1 .* failed at step 9: ValueError", 9, True),
