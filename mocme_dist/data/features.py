@@ -30,8 +30,9 @@ FEATURES_FORMAT = 1
 _TORCH = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32}
 # Values are scanned for NaN in blocks of so many numbers: 16 MiB of float32.
 _SCAN = 1 << 22
-# Numbers of a block that is gathered at once: half a MiB of float16.
-_BLOCK = 1 << 18
+# Numbers of a block that is gathered at once, fewer than torch shares among threads: rows are gathered beside a step, and a
+# second team of threads on the same cores makes OpenMP put those of the step to sleep between any two operations.
+_BLOCK = (1 << 15) - 1
 
 
 def part_path(directory: Path, shard: int) -> Path:
@@ -218,8 +219,8 @@ class FeatureStore:
             raise ShapeError(
                 f"FeatureStore.gather: rows {int(rows.min())} to {int(rows.max())} of {self.modality}, expected [0, {self.num_rows})"
             )
-        present = self._present[rows]
-        index = self._index[rows]
+        # Indexing by brackets takes several threads for these few; see _BLOCK.
+        present, index = self._present.index_select(0, rows), self._index.index_select(0, rows)
         if self._starts[-1] == 0:
             values = torch.zeros((len(rows), self.width), device=rows.device)
         elif self._residency == "mmap":
@@ -237,9 +238,8 @@ class FeatureStore:
         block = torch.empty((min(step, len(index)), self.width), dtype=self._values.dtype)
         for start in range(0, len(index), step):
             some = index[start : start + step]
-            torch.index_select(self._values, 0, some, out=block[: len(some)])
-            values[start : start + step] = block[: len(some)]
-        values[~present] = 0.0
+            found = torch.index_select(self._values, 0, some, out=block[: len(some)])
+            values[start : start + step] = found.masked_fill_(~present[start : start + step, None], 0)
         return values
 
     def _gather_mapped(self, index: NDArray[np.int64], present: NDArray[np.bool_]) -> Tensor:

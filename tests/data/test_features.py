@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -54,6 +57,28 @@ def test_gather_equals_a_plain_dense_table(stored, residency, first, last):
         values, found = store.gather(rows)
         assert values.dtype == torch.float32 and values.shape == (len(rows), WIDTH)
         assert torch.equal(values, dense[first:last][rows]) and torch.equal(found, present[first:last][rows])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("residency", ["host", "mmap"])
+def test_gathering_in_another_thread_starts_no_second_team_of_threads(stored, residency):
+    store = FeatureStore.open(stored[0], "text", 0, NUM_ROWS, residency)
+    rows = torch.arange(NUM_ROWS).repeat(1000)  # 161,000 numbers
+    count = lambda: len(os.listdir("/proc/self/task"))  # noqa: E731
+
+    def threads(work):
+        before = count()
+        work()
+        return count() - before
+
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+            assert second.submit(threads, lambda: store.gather(rows)).result() == 0
+            assert first.submit(threads, lambda: torch.ones(1 << 18).exp()).result() == 1  # what a team would have shown
+    finally:
+        torch.set_num_threads(usual)
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
