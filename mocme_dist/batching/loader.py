@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+# How many items wait for the step that takes them; one more is being made, or held until there is room.
+DEPTH = 2
 
 
 class Prefetcher(Generic[Item]):
@@ -17,7 +19,7 @@ class Prefetcher(Generic[Item]):
     as a context manager it closes itself.
     """
 
-    def __init__(self, make: Callable[[int], Item], first: int, last: int, depth: int = 2) -> None:
+    def __init__(self, make: Callable[[int], Item], first: int, last: int, depth: int = DEPTH) -> None:
         self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._range = range(first, last)

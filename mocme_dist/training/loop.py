@@ -197,8 +197,8 @@ class Training:
                     timer=self.worker.timer,
                 )
                 self.step += 1
-                self.monitor.record(self.step, result, sum(route.sent_vectors for _, route in prepared))
-                self._check_finite(result.skipped, prepared[0][0].ids_U)
+                self.monitor.record(self.step, result, sum(part.route.sent_vectors for part in prepared))
+                self._check_finite(result.skipped, prepared[0].batch.ids_U)
                 self.profiler.step(self.step)
                 self._after_step(result.stop)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mocme_dist.batching.batch import BatchMaker
+from mocme_dist.batching.loader import DEPTH
 from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.config import Config
 from mocme_dist.data.dataset import Dataset
@@ -143,6 +144,7 @@ def make_plan(config: Config, dataset: Dataset, world_size: int, under_ray: bool
         "dense: values and gradients": 8 * dense,
         "dense: moments": 8 * dense // (world_size if config.deepspeed.stage >= 1 else 1),
         "batches: places of the pool": 4 * dataset.num_entities,
+        "batches: features made ahead": _ahead_bytes(config, widths, requests),
     }
     passing = {
         "a step": _step_bytes(config, model, requests, world_size),
@@ -239,6 +241,16 @@ def count_requests(config: Config, dataset: Dataset, sampler: QuerySampler, part
 def exchange_bytes(sent: int, width: int) -> int:
     """Bytes of `sent` fused vectors: float32 whatever the engine's type."""
     return 4 * sent * width
+
+
+def _ahead_bytes(config: Config, widths: dict[str, int], requests: Requests) -> int:
+    """Features of the batches that wait, and of the one being made; that of the step itself counts with the step.
+
+    They wait through rankings and checkpoints, too. A step in parts makes none ahead.
+    """
+    if config.deepspeed.gradient_accumulation_steps > 1:
+        return 0
+    return (DEPTH + 1) * requests.asked * 4 * sum(width for name, width in widths.items() if name != "structure")
 
 
 def wire_bytes(requests: Requests, width: int, dense: int, world_size: int) -> dict[str, int]:

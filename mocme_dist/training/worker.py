@@ -11,7 +11,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,6 +89,14 @@ def compiler_lacks(device: torch.device) -> str | None:
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         return "no Python.h (headers of Python; python3-dev) is"
     return None
+
+
+class Prepared(NamedTuple):
+    """What a part of a step needs that training does not change; `known`, all but the structure, where a step has one part."""
+
+    batch: Batch
+    route: Route
+    known: EntityInput | None
 
 
 class Worker:
@@ -183,35 +191,45 @@ class Worker:
             std_F = (square_F / count.clamp_min(1) - mean_F.square()).clamp_min(0).sqrt()
             self.model.projections.by_modality[name].set_statistics(mean_F.float(), std_F.float())  # type: ignore[operator]
 
-    def prepare(self, step: int) -> list[tuple[Batch, Route]]:
-        """This rank's parts of `step` and their routes; collective, called by the background thread in order of steps."""
+    def prepare(self, step: int) -> list[Prepared]:
+        """This rank's parts of `step`; collective, called by the background thread in order of steps."""
         prepared = []
         for part in range(self.maker.parts):
             batch = self.maker.make(step, part)
             route = plan_route(batch.ids_U, self.partition, self.comm)
-            prepared.append((batch.to(self.comm.device), route.to(self.comm.device)))
+            # A step comes in parts so that little is in memory at once: the features of each wait for its turn.
+            known = self.known_inputs(route.rows_V, step) if self.maker.parts == 1 else None
+            prepared.append(Prepared(batch.to(self.comm.device), route.to(self.comm.device), known))
         return prepared
 
-    def parts(self, prepared: list[tuple[Batch, Route]], step: int) -> Iterator[Part]:
-        """What `train_step` takes, looked up one by one; `step` as given to `prepare`."""
-        for number, (batch, route) in enumerate(prepared, 1):
+    def parts(self, prepared: list[Prepared], step: int) -> Iterator[Part]:
+        """What `train_step` takes, one by one: the table's rows as they are now, put to what is known; `step` as given to `prepare`."""
+        for number, (batch, route, known) in enumerate(prepared, 1):
             with self.timer.phase("lookup"):
                 rows_VD = self.table.gather(route.rows_V)
-                entities = self.hide_structure(self.inputs(route.rows_V, rows_VD), route.rows_V, step)
+                entities = self.with_rows(self.known_inputs(route.rows_V, step) if known is None else known, rows_VD)
             yield Part(rows_VD, entities, route, batch, number == len(prepared))
 
-    def inputs(self, rows_V: Tensor, rows_VD: Tensor) -> EntityInput:
-        """What encoding local rows needs, from table and stores."""
+    def known_inputs(self, rows_V: Tensor, step: int) -> EntityInput:
+        """What encoding local rows in a training step needs besides the table's rows: a function of `step` and ids."""
+        return self.hide_structure(self.features(rows_V), rows_V, step)
+
+    def features(self, rows_V: Tensor) -> EntityInput:
+        """Stored features of local rows, who has what, and who is held out; the structure is still missing."""
         raw, present = {}, []
         for name in self.modalities:
             if name == "structure":
-                raw[name], present_V = rows_VD, torch.ones(len(rows_V), dtype=torch.bool, device=rows_VD.device)
+                present_V = torch.ones(len(rows_V), dtype=torch.bool, device=self.comm.device)
             else:
                 raw[name], present_V = self.stores[name].gather(rows_V)
             present.append(present_V)
         # Ids are a random permutation, so odd ids are a random half of the entities, the same at every world size.
         held_out_V = (rows_V + self.first) % 2 == 1
-        return EntityInput(raw, torch.stack(present), held_out_V)
+        return EntityInput(raw, torch.stack(present), held_out_V.to(self.comm.device))
+
+    def with_rows(self, entities: EntityInput, rows_VD: Tensor) -> EntityInput:
+        """The same entities with the table's rows as their structure, where the model takes it."""
+        return entities._replace(raw={name: rows_VD if name == "structure" else entities.raw[name] for name in self.modalities})
 
     def hide_structure(self, entities: EntityInput, rows_V: Tensor, step: int) -> EntityInput:
         """Take the structure from a share of the entities of a training step; from none that would have nothing left.
@@ -232,7 +250,7 @@ class Worker:
     def _encoder(self) -> EntityEncoder:
         size = block_rows(self.config, self.dataset.num_entities)
         piece_rows = self.config.evaluation.vectors_mb * 2**20 // (4 * self.config.experts.width)
-        inputs = lambda rows: self.inputs(rows, self.table.look_up(rows))  # noqa: E731
+        inputs = lambda rows: self.with_rows(self.features(rows), self.table.look_up(rows))  # noqa: E731
         return EntityEncoder(self.model, inputs, self.partition, self.comm.rank, size, piece_rows, self.comm.device)
 
     def encode_rows(self) -> RowShard:

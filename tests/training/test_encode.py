@@ -22,7 +22,7 @@ def rank_both(comm: Comm, dataset: Path, run_dir: Path, block_rows: int) -> tupl
     worker = Worker(config, open_dataset(config), comm)
     worker.model.eval()
     queries, known = split_queries(worker.dataset.triples("test")), worker.dataset.known("all")
-    inputs = lambda rows: worker.inputs(rows, worker.table.rows_rD[rows])  # noqa: E731
+    inputs = lambda rows: worker.with_rows(worker.features(rows), worker.table.rows_rD[rows])  # noqa: E731
 
     def encoder() -> EntityEncoder:
         return EntityEncoder(worker.model, inputs, worker.partition, comm.rank, block_rows, block_rows, comm.device)

@@ -13,6 +13,7 @@ from tiny_run import tiny_config
 
 from mocme_dist import cluster
 from mocme_dist import train as command
+from mocme_dist.batching.loader import DEPTH
 from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.config import Config, load_config
 from mocme_dist.data.dataset import Dataset
@@ -37,18 +38,20 @@ def rank_bytes(comm: Comm, dataset: Path, run_dir: Path, optimizer: str) -> dict
     """Body of one rank: bytes that its worker holds, and what its first routes send."""
     config = tiny_config(dataset, run_dir, "modalities=[structure, numeric]", f"entities.optimizer={optimizer}")
     worker = Worker(config, open_dataset(config), comm)
-    routes = [part for step in range(3) for part in worker.prepare(step)]
+    prepared = [part for step in range(3) for part in worker.prepare(step)]
+    routes = [part.route for part in prepared]
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     store = worker.stores["numeric"]
     return {
         "rows": size([worker.table.rows_rD]),
         "rows: optimizer": size(worker.table.state.values()),
         "features: numeric": size([store._values, store._present, store._index]),
+        "made ahead": (DEPTH + 1) * max(size(part.known.raw.values()) for part in prepared if part.known),
         "dense": sum(p.numel() for p in worker.model.parameters()),
         "steps": worker.maker.sampler.steps_per_epoch,
-        "wanted": [sum(route.wanted_counts) for _, route in routes],
-        "asked": [len(route.rows_V) for _, route in routes],
-        "sent": [route.sent_vectors for _, route in routes],
+        "wanted": [sum(route.wanted_counts) for route in routes],
+        "asked": [len(route.rows_V) for route in routes],
+        "sent": [route.sent_vectors for route in routes],
     }
 
 
@@ -61,6 +64,7 @@ def test_what_stays_and_what_is_asked_for_is_exact(run_ranks, featured_dataset, 
         assert plan.resident[part] == max(rank[part] for rank in found), part
     # Who has a modality is a random share of a rank's rows: its values differ by a few rows from the mean.
     assert plan.resident["features: numeric"] == pytest.approx(max(rank["features: numeric"] for rank in found), rel=0.3)
+    assert plan.resident["batches: features made ahead"] == max(rank["made ahead"] for rank in found) > 0
     assert plan.dense_parameters == found[0]["dense"] and plan.steps_per_epoch == found[0]["steps"]
     assert vars(plan.requests) == {name: max(max(rank[name]) for rank in found) for name in ("wanted", "asked", "sent")}
     assert (plan.requests.sent > 0) == (world > 1)
@@ -72,7 +76,7 @@ def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
 
     config = tiny_config(dataset, run_dir, "modalities=[structure]")
     worker = Worker(config, open_dataset(config), comm)
-    ((_, route),) = worker.prepare(0)
+    route = worker.prepare(0)[0].route
     sent = []
     original = dist.all_to_all_single
 

@@ -40,7 +40,7 @@ def run_in_pieces(comm: Any, dataset: Path, run_dir: Path, stops: list[int]) -> 
     original = loop.Worker.parts
 
     def parts(self: Any, prepared: Any, *rest: Any) -> Any:
-        trained.extend((batch.step, queries_of(batch)) for batch, _ in prepared)
+        trained.extend((part.batch.step, queries_of(part.batch)) for part in prepared)
         return original(self, prepared, *rest)
 
     loop.Worker.parts = parts  # type: ignore[method-assign]

@@ -68,7 +68,7 @@ def rows_stay_their_own(comm: Any, dataset: Path, kinds: list[tuple[str, ...]]) 
         assert torch.equal(table.rows_rD, start[first:last]), kind
         for step in range(STEPS):
             before, moments = table.rows_rD.clone(), table.state["first_moment"].clone()
-            asked = torch.unique(torch.cat([route.rows_V for _, route in worker.prepare(step)]))
+            asked = torch.unique(torch.cat([part.route.rows_V for part in worker.prepare(step)]))
             others = np.setdiff1d(np.arange(last - first), asked.numpy())
             assert not take_step(worker, step).skipped
             assert table.rows_rD.dtype == torch.float32

@@ -17,7 +17,7 @@ def hidden_rows(comm, dataset, run_dir, share: float, step: int) -> list[tuple[i
     config = tiny_run.tiny_config(dataset, run_dir, "modalities=[structure, numeric]", f"train.structure_dropout={share}")
     worker = Worker(config, open_dataset(config), comm)
     rows = torch.arange(worker.last - worker.first)
-    entities = worker.inputs(rows, worker.table.gather(rows))
+    entities = worker.features(rows)
     after = worker.hide_structure(entities, rows, step)
     assert torch.equal(after.present_MV[1], entities.present_MV[1]) and bool(entities.present_MV[0].all())
     assert share or after is entities

@@ -48,7 +48,7 @@ class Batch:
     """One batch of ours with global ids, for the eager forms."""
 
     def __init__(self, worker: Worker) -> None:
-        ((batch, _),) = worker.prepare(0)
+        batch = worker.prepare(0)[0].batch
         ids = torch.from_numpy(batch.ids_U)
         self.batch = batch
         self.source, self.target, self.pool = ids[batch.source_Gb], ids[batch.target_Gb], ids[batch.pool_GN]

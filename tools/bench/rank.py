@@ -112,7 +112,7 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
 
         def counted(step: int) -> Any:
             parts = prepare(step)
-            sent.append(sum(route.sent_vectors for _, route in parts))
+            sent.append(sum(part.route.sent_vectors for part in parts))
             return parts
 
         worker.prepare = counted  # type: ignore[method-assign]

@@ -1,0 +1,77 @@
+"""What the background thread looks up for coming steps is what looking it up in the step would give, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import tiny_config
+
+from mocme_dist.batching.loader import Prefetcher
+from mocme_dist.batching.sampler import key64, mix64
+from mocme_dist.errors import DataError
+from mocme_dist.parallel.comm import Comm
+from mocme_dist.train import train
+from mocme_dist.training.worker import Worker, open_dataset
+
+STEPS = 4
+MODALITIES = "modalities=[numeric, structure]"
+
+
+def expected_input(worker: Worker, rows_V: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
+    """Features, presence and who is held out, from dense tables of the whole rank and the documented draws."""
+    everyone = torch.arange(worker.last - worker.first)
+    values_rF, present_r = worker.stores["numeric"].gather(everyone)
+    ids_V = (rows_V + worker.first).numpy()
+    drawn_V = torch.from_numpy(mix64(ids_V.astype(np.uint64) ^ key64(0, 4, step)) < np.uint64(2**63))
+    present_V = present_r[rows_V]
+    return values_rF[rows_V], torch.stack([present_V, ~(drawn_V & present_V)]), torch.from_numpy(ids_V % 2 == 1)
+
+
+def compare_inputs(comm: Comm, dataset: Path, run_dir: Path, overrides: list[str]) -> int:
+    """Body of one rank: steps from the background thread, while rows change, against their twins; how many were known ahead."""
+    config = tiny_config(dataset, run_dir, MODALITIES, "train.structure_dropout=0.5", *overrides)
+    worker = Worker(config, open_dataset(config), comm)
+    ahead = 0
+    with Prefetcher(worker.prepare, 0, STEPS) as steps:
+        for step, prepared in enumerate(steps):
+            worker.table.rows_rD.add_(1.0)
+            ahead += sum(part.known is not None for part in prepared)
+            for part in worker.parts(prepared, step):
+                rows_V = part.route.rows_V
+                values_VF, present_MV, held_out_V = expected_input(worker, rows_V, step)
+                assert list(part.entities.raw) == ["numeric", "structure"]
+                assert torch.equal(part.entities.raw["numeric"], values_VF)
+                assert torch.equal(part.entities.raw["structure"], worker.table.rows_rD[rows_V])
+                assert part.entities.raw["structure"] is part.rows_VD and part.rows_VD.is_leaf and part.rows_VD.requires_grad
+                assert torch.equal(part.entities.present_MV, present_MV) and bool((~present_MV[1]).any())
+                assert torch.equal(part.entities.held_out_V, held_out_V)
+    return ahead
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("residency", ["host", "mmap"])
+def test_inputs_made_ahead_equal_those_looked_up_in_the_step(run_ranks, featured_dataset, tmp_path, world, residency):
+    found = run_ranks(world, compare_inputs, featured_dataset, tmp_path, [f"features.residency={residency}"])
+    assert found == [STEPS] * world
+
+
+def test_parts_of_a_step_are_looked_up_one_at_a_time(run_ranks, featured_dataset, tmp_path):
+    """They exist to hold little at once: the features of all of them are never in memory together."""
+    assert run_ranks(2, compare_inputs, featured_dataset, tmp_path, ["deepspeed.gradient_accumulation_steps=2"]) == [0, 0]
+
+
+def test_what_goes_wrong_ahead_ends_the_run_as_the_error_that_it_is(featured_dataset, tmp_path, monkeypatch):
+    original = Worker.known_inputs
+
+    def torn(self: Worker, rows_V: torch.Tensor, step: int) -> Any:
+        if step == 5:
+            raise DataError("features/numeric/part-000001.safetensors: torn")
+        return original(self, rows_V, step)
+
+    monkeypatch.setattr(Worker, "known_inputs", torn)
+    with pytest.raises(DataError, match=r"part-000001\.safetensors: torn"):
+        train(tiny_config(featured_dataset, tmp_path / "run", MODALITIES))
