@@ -7,6 +7,7 @@ chunks and ranks without one are filled with queries of weight 0: shapes are the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,10 +50,10 @@ class Batch:
     allowed_GbN: Tensor
     total: int
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`, copied without waiting."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Batch(**{**vars(self), **moved})
+    def moved(self, send: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with its tensors where `send` brings them."""
+        tensors = {name: send(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Batch(**{**vars(self), **tensors})
 
 
 class BatchMaker:

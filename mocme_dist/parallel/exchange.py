@@ -7,6 +7,7 @@ own group (`plan_route`); vectors travel inside it (`Exchange`), forward, and gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,10 +37,9 @@ class Route:
     wanted_counts: list[int]
     rank: int
 
-    def to(self, device: torch.device) -> Route:
-        """The same route with its tensors on `device`."""
-        rows_V, asked_A = self.rows_V.to(device, non_blocking=True), self.asked_A.to(device, non_blocking=True)
-        return Route(rows_V, asked_A, self.asked_counts, self.wanted_counts, self.rank)
+    def moved(self, send: Callable[[Tensor], Tensor]) -> Route:
+        """The same route with its tensors where `send` brings them."""
+        return Route(send(self.rows_V), send(self.asked_A), self.asked_counts, self.wanted_counts, self.rank)
 
     @property
     def sent_vectors(self) -> int:

@@ -11,13 +11,13 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mocme_dist.batching.batch import Batch, BatchMaker
+from mocme_dist.batching.batch import BatchMaker
 from mocme_dist.batching.sampler import QuerySampler, key64, mix64
 from mocme_dist.cluster import return_pages
 from mocme_dist.config import Config
@@ -32,10 +32,11 @@ from mocme_dist.model.fusion import FusionSettings
 from mocme_dist.model.loss import LossSettings
 from mocme_dist.model.mocme import MoCME, ModelSettings
 from mocme_dist.parallel.comm import Comm
-from mocme_dist.parallel.exchange import Route, plan_route
+from mocme_dist.parallel.exchange import plan_route
 from mocme_dist.parallel.optim import choose_optimizer
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
+from mocme_dist.training.ahead import Courier, Prepared
 from mocme_dist.training.encode import EntityEncoder
 from mocme_dist.training.engine import make_engine
 from mocme_dist.training.engine_rows import EngineRows, row_parameter
@@ -91,14 +92,6 @@ def compiler_lacks(device: torch.device) -> str | None:
     return None
 
 
-class Prepared(NamedTuple):
-    """What a part of a step needs that training does not change; `known`, all but the structure, where a step has one part."""
-
-    batch: Batch
-    route: Route
-    known: EntityInput | None
-
-
 class Worker:
     """One rank: its rows, features and engine, ready to step and to rank."""
 
@@ -109,6 +102,7 @@ class Worker:
         self.partition = RowPartition(dataset.num_entities, comm.world_size)
         self.first, self.last = self.partition.bounds(comm.rank)
         self.stores = self._open_stores()
+        self.courier = Courier(comm.device)
         self.compiled = use_compiler(config.compile, comm.device)
         raw_widths = {name: config.experts.width if name == "structure" else self.stores[name].width for name in self.modalities}
         # ZeRO-3 fetches parameters in hooks of the modules, which a graph cannot hold. On a CPU, encoding is matrix
@@ -165,9 +159,10 @@ class Worker:
                 if name != "structure":
                     self.dataset.bring_features(name, self.first, self.last)
                     where = (self.dataset.directory, name, self.first, self.last)
-                    stores[name] = FeatureStore.open(
-                        *where, self.config.features.residency, str(self.comm.device), self.config.features.on_bad
-                    )
+                    residency = self.config.features.residency
+                    # From the host's memory it is the courier that takes them to a GPU.
+                    device = str(self.comm.device) if residency == "device" else "cpu"
+                    stores[name] = FeatureStore.open(*where, residency, device, self.config.features.on_bad)
         except MocmeError as cause:
             error = cause
         self.comm.raise_together(error)
@@ -193,22 +188,25 @@ class Worker:
 
     def prepare(self, step: int) -> list[Prepared]:
         """This rank's parts of `step`; collective, called by the background thread in order of steps."""
-        prepared = []
-        for part in range(self.maker.parts):
-            batch = self.maker.make(step, part)
-            route = plan_route(batch.ids_U, self.partition, self.comm)
-            # A step comes in parts so that little is in memory at once: the features of each wait for its turn.
-            known = self.known_inputs(route.rows_V, step) if self.maker.parts == 1 else None
-            prepared.append(Prepared(batch.to(self.comm.device), route.to(self.comm.device), known))
+        prepared, send = [], self.courier.send
+        with self.courier.beside():
+            for part in range(self.maker.parts):
+                batch = self.maker.make(step, part)
+                route = plan_route(batch.ids_U, self.partition, self.comm)
+                # A step comes in parts so that little is in memory at once: the features of each wait for its turn.
+                known = self.known_inputs(route.rows_V, step) if self.maker.parts == 1 else None
+                prepared.append(Prepared(batch.moved(send), route.moved(send), known, self.courier.mark()))
         return prepared
 
     def parts(self, prepared: list[Prepared], step: int) -> Iterator[Part]:
         """What `train_step` takes, one by one: the table's rows as they are now, put to what is known; `step` as given to `prepare`."""
-        for number, (batch, route, known) in enumerate(prepared, 1):
+        for number, part in enumerate(prepared, 1):
             with self.timer.phase("lookup"):
-                rows_VD = self.table.gather(route.rows_V)
-                entities = self.with_rows(self.known_inputs(route.rows_V, step) if known is None else known, rows_VD)
-            yield Part(rows_VD, entities, route, batch, number == len(prepared))
+                self.courier.receive(part.sent, part.tensors())
+                known = self.known_inputs(part.route.rows_V, step) if part.known is None else part.known
+                rows_VD = self.table.gather(part.route.rows_V)
+                entities = self.with_rows(known, rows_VD)
+            yield Part(rows_VD, entities, part.route, part.batch, number == len(prepared))
 
     def known_inputs(self, rows_V: Tensor, step: int) -> EntityInput:
         """What encoding local rows in a training step needs besides the table's rows: a function of `step` and ids."""
@@ -216,16 +214,17 @@ class Worker:
 
     def features(self, rows_V: Tensor) -> EntityInput:
         """Stored features of local rows, who has what, and who is held out; the structure is still missing."""
-        raw, present = {}, []
+        raw, present, send = {}, [], self.courier.send
         for name in self.modalities:
             if name == "structure":
-                present_V = torch.ones(len(rows_V), dtype=torch.bool, device=self.comm.device)
+                present_V = torch.ones(len(rows_V), dtype=torch.bool, device=self.courier.device)
             else:
-                raw[name], present_V = self.stores[name].gather(rows_V)
-            present.append(present_V)
+                values_VF, present_V = self.stores[name].gather(rows_V)
+                raw[name] = send(values_VF)
+            present.append(send(present_V))
         # Ids are a random permutation, so odd ids are a random half of the entities, the same at every world size.
         held_out_V = (rows_V + self.first) % 2 == 1
-        return EntityInput(raw, torch.stack(present), held_out_V.to(self.comm.device))
+        return EntityInput(raw, torch.stack(present), send(held_out_V))
 
     def with_rows(self, entities: EntityInput, rows_VD: Tensor) -> EntityInput:
         """The same entities with the table's rows as their structure, where the model takes it."""
@@ -241,10 +240,10 @@ class Worker:
             return entities
         at = self.modalities.index("structure")
         ids_V = (rows_V + self.first).cpu().numpy().astype(np.uint64)
-        drawn_V = torch.from_numpy(mix64(ids_V ^ key64(self.config.train.seed, 4, step)) < np.uint64(share * 2**64))
+        drawn_V = self.courier.send(torch.from_numpy(mix64(ids_V ^ key64(self.config.train.seed, 4, step)) < np.uint64(share * 2**64)))
         present_MV = entities.present_MV.clone()
         others_V = torch.cat([present_MV[:at], present_MV[at + 1 :]]).any(0)
-        present_MV[at] &= ~(drawn_V.to(present_MV.device) & others_V)
+        present_MV[at] &= ~(drawn_V & others_V)
         return entities._replace(present_MV=present_MV)
 
     def _encoder(self) -> EntityEncoder:

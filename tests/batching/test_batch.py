@@ -119,9 +119,9 @@ def test_a_maker_forgets_its_last_step():
             assert torch.equal(value, getattr(fresh, name)), name
 
 
-def test_to_moves_tensors_and_keeps_the_rest():
+def test_moved_sends_tensors_and_keeps_the_rest():
     share = maker(0, 1).make(0)
-    moved = share.to(torch.device("meta"))
+    moved = share.moved(lambda value: value.to("meta"))
     assert moved.allowed_GbN.device.type == "meta"
     assert moved.total == share.total
     assert moved.ids_U is share.ids_U

@@ -13,8 +13,9 @@ from tiny_run import tiny_config
 from mocme_dist.batching.loader import Prefetcher
 from mocme_dist.batching.sampler import key64, mix64
 from mocme_dist.errors import DataError
-from mocme_dist.parallel.comm import Comm
+from mocme_dist.parallel.comm import Comm, communication
 from mocme_dist.train import train
+from mocme_dist.training.ahead import Courier
 from mocme_dist.training.worker import Worker, open_dataset
 
 STEPS = 4
@@ -75,3 +76,36 @@ def test_what_goes_wrong_ahead_ends_the_run_as_the_error_that_it_is(featured_dat
     monkeypatch.setattr(Worker, "known_inputs", torn)
     with pytest.raises(DataError, match=r"part-000001\.safetensors: torn"):
         train(tiny_config(featured_dataset, tmp_path / "run", MODALITIES))
+
+
+def make_worker(comm: Comm, dataset: Path, run_dir: Path) -> Worker:
+    """A worker of this process whose batches have structure and numbers."""
+    config = tiny_config(dataset, run_dir, MODALITIES, "train.structure_dropout=0.5")
+    return Worker(config, open_dataset(config), comm)
+
+
+def test_on_a_cpu_nothing_is_pinned_copied_or_waited_for(featured_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: pytest.fail("pinned"))
+    with communication(60) as comm:
+        worker = make_worker(comm, featured_dataset, tmp_path)
+        (part,) = worker.prepare(0)
+        assert part.sent is None
+        assert {value.device.type for value in part.tensors()} == {"cpu"}
+        value = torch.ones(3)
+        assert worker.courier.send(value) is value
+        worker.courier.receive(None, iter(lambda: pytest.fail("touched"), None))
+
+
+def test_all_that_a_part_holds_is_sent_from_pinned_memory_to_another_device(featured_dataset, tmp_path, monkeypatch):
+    """To torch's device without memory, as there is no GPU here: what is on it cannot have been forgotten on the host."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: pinned.append(value) or value)
+    with communication(60) as comm:
+        worker = make_worker(comm, featured_dataset, tmp_path)
+        (twin,) = worker.prepare(0)
+        worker.courier = Courier(torch.device("meta"))
+        (part,) = worker.prepare(0)
+    found = list(part.tensors())
+    assert [(value.device.type, value.shape, value.dtype) for value in found] == [("meta", v.shape, v.dtype) for v in twin.tensors()]
+    # Seven of the batch, two of the route, numbers, who has what and who is held out.
+    assert len(found) == 12 and len(pinned) >= 11
