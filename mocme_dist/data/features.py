@@ -30,9 +30,8 @@ FEATURES_FORMAT = 1
 _TORCH = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32}
 # Values are scanned for NaN in blocks of so many numbers: 16 MiB of float32.
 _SCAN = 1 << 22
-# Numbers of a block that is gathered at once, fewer than torch shares among threads: rows are gathered beside a step, and a
-# second team of threads on the same cores makes OpenMP put those of the step to sleep between any two operations.
-_BLOCK = (1 << 15) - 1
+# Numbers of a block that is gathered at once: half a MiB of float16.
+_BLOCK = 1 << 18
 
 
 def part_path(directory: Path, shard: int) -> Path:
@@ -219,7 +218,8 @@ class FeatureStore:
             raise ShapeError(
                 f"FeatureStore.gather: rows {int(rows.min())} to {int(rows.max())} of {self.modality}, expected [0, {self.num_rows})"
             )
-        # Indexing by brackets takes several threads for these few; see _BLOCK.
+        # Not by brackets, which take several threads: mapped rows are gathered beside a step, and a second team of threads on
+        # the same cores makes OpenMP put those of the step to sleep between any two operations.
         present, index = self._present.index_select(0, rows), self._index.index_select(0, rows)
         if self._starts[-1] == 0:
             values = torch.zeros((len(rows), self.width), device=rows.device)

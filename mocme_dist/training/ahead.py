@@ -17,7 +17,7 @@ from mocme_dist.training.step import EntityInput
 class Prepared(NamedTuple):
     """What a part of a step needs that training does not change.
 
-    known: what encoding needs but the structure, where a step has one part. sent: see `Courier.mark`.
+    known: what encoding needs but the structure, where that is looked up ahead. sent: see `Courier.mark`.
     """
 
     batch: Batch

@@ -24,7 +24,7 @@ from mocme_dist.errors import ConfigError
 from mocme_dist.model.mocme import MoCME
 from mocme_dist.parallel.optim import choose_optimizer, state_widths
 from mocme_dist.partition import RowPartition
-from mocme_dist.training.worker import block_rows, model_settings, resolve_modalities
+from mocme_dist.training.worker import block_rows, features_ahead, model_settings, resolve_modalities
 
 # Resident memory of a rank that holds nothing yet, measured on Linux with torch 2.13's CPU build: the interpreter with
 # torch, numpy and TensorBoard; what DeepSpeed, torch.compile (100 MiB with a warm cache, 280 without) and a Ray worker add.
@@ -246,9 +246,9 @@ def exchange_bytes(sent: int, width: int) -> int:
 def _ahead_bytes(config: Config, widths: dict[str, int], requests: Requests) -> int:
     """Features of the batches that wait, and of the one being made; that of the step itself counts with the step.
 
-    They wait through rankings and checkpoints, too. A step in parts makes none ahead.
+    They wait through rankings and checkpoints, too.
     """
-    if config.deepspeed.gradient_accumulation_steps > 1:
+    if not features_ahead(config, config.launch.gpus_per_worker > 0):
         return 0
     return (DEPTH + 1) * requests.asked * 4 * sum(width for name, width in widths.items() if name != "structure")
 

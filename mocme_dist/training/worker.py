@@ -103,6 +103,7 @@ class Worker:
         self.first, self.last = self.partition.bounds(comm.rank)
         self.stores = self._open_stores()
         self.courier = Courier(comm.device)
+        self.ahead = features_ahead(config, comm.device.type == "cuda")
         self.compiled = use_compiler(config.compile, comm.device)
         raw_widths = {name: config.experts.width if name == "structure" else self.stores[name].width for name in self.modalities}
         # ZeRO-3 fetches parameters in hooks of the modules, which a graph cannot hold. On a CPU, encoding is matrix
@@ -193,8 +194,7 @@ class Worker:
             for part in range(self.maker.parts):
                 batch = self.maker.make(step, part)
                 route = plan_route(batch.ids_U, self.partition, self.comm)
-                # A step comes in parts so that little is in memory at once: the features of each wait for its turn.
-                known = self.known_inputs(route.rows_V, step) if self.maker.parts == 1 else None
+                known = self.known_inputs(route.rows_V, step) if self.ahead else None
                 prepared.append(Prepared(batch.moved(send), route.moved(send), known, self.courier.mark()))
         return prepared
 
@@ -308,6 +308,17 @@ class Worker:
         self.modality_weights = encoder.weights_rM
         sampled = {"sampled_of": 2 * len(self.dataset.triples(split))} if len(queries.source) < 2 * len(self.dataset.triples(split)) else {}
         return report(split, np.asarray(ranks), queries.direction, **sampled)
+
+
+def features_ahead(config: Config, on_gpu: bool) -> bool:
+    """Whether features are looked up for coming steps in the background: where that waits for a disk or a GPU's bus.
+
+    In memory beside a CPU there is nothing to hide: all cores have work, and they gather together what one of them would
+    take from the step longer (tools/bench/RESULTS.md). A step comes in parts so that little is in memory at once: each
+    waits for its turn.
+    """
+    waits = on_gpu or config.features.residency == "mmap"
+    return waits and config.deepspeed.gradient_accumulation_steps == 1
 
 
 def block_rows(config: Config, num_entities: int) -> int:

@@ -60,9 +60,8 @@ def test_gather_equals_a_plain_dense_table(stored, residency, first, last):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-@pytest.mark.parametrize("residency", ["host", "mmap"])
-def test_gathering_in_another_thread_starts_no_second_team_of_threads(stored, residency):
-    store = FeatureStore.open(stored[0], "text", 0, NUM_ROWS, residency)
+def test_gathering_mapped_rows_in_another_thread_starts_no_second_team_of_threads(stored):
+    store = FeatureStore.open(stored[0], "text", 0, NUM_ROWS, "mmap")
     rows = torch.arange(NUM_ROWS).repeat(1000)  # 161,000 numbers
     count = lambda: len(os.listdir("/proc/self/task"))  # noqa: E731
 

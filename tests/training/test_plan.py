@@ -38,15 +38,13 @@ def rank_bytes(comm: Comm, dataset: Path, run_dir: Path, optimizer: str) -> dict
     """Body of one rank: bytes that its worker holds, and what its first routes send."""
     config = tiny_config(dataset, run_dir, "modalities=[structure, numeric]", f"entities.optimizer={optimizer}")
     worker = Worker(config, open_dataset(config), comm)
-    prepared = [part for step in range(3) for part in worker.prepare(step)]
-    routes = [part.route for part in prepared]
+    routes = [part.route for step in range(3) for part in worker.prepare(step)]
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     store = worker.stores["numeric"]
     return {
         "rows": size([worker.table.rows_rD]),
         "rows: optimizer": size(worker.table.state.values()),
         "features: numeric": size([store._values, store._present, store._index]),
-        "made ahead": (DEPTH + 1) * max(size(part.known.raw.values()) for part in prepared if part.known),
         "dense": sum(p.numel() for p in worker.model.parameters()),
         "steps": worker.maker.sampler.steps_per_epoch,
         "wanted": [sum(route.wanted_counts) for route in routes],
@@ -64,10 +62,25 @@ def test_what_stays_and_what_is_asked_for_is_exact(run_ranks, featured_dataset, 
         assert plan.resident[part] == max(rank[part] for rank in found), part
     # Who has a modality is a random share of a rank's rows: its values differ by a few rows from the mean.
     assert plan.resident["features: numeric"] == pytest.approx(max(rank["features: numeric"] for rank in found), rel=0.3)
-    assert plan.resident["batches: features made ahead"] == max(rank["made ahead"] for rank in found) > 0
+    assert plan.resident["batches: features made ahead"] == 0
     assert plan.dense_parameters == found[0]["dense"] and plan.steps_per_epoch == found[0]["steps"]
     assert vars(plan.requests) == {name: max(max(rank[name]) for rank in found) for name in ("wanted", "asked", "sent")}
     assert (plan.requests.sent > 0) == (world > 1)
+
+
+def bytes_ahead(comm: Comm, dataset: Path, run_dir: Path) -> int:
+    """Body of one rank: features of as many of its largest batches as wait."""
+    config = tiny_config(dataset, run_dir, "modalities=[structure, numeric]", "features.residency=mmap")
+    worker = Worker(config, open_dataset(config), comm)
+    known = [part.known for step in range(3) for part in worker.prepare(step)]
+    return (DEPTH + 1) * max(entities.raw["numeric"].nbytes for entities in known if entities)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_features_made_ahead_are_counted(run_ranks, featured_dataset, tmp_path, world):
+    found = run_ranks(world, bytes_ahead, featured_dataset, tmp_path / "run")
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]", "features.residency=mmap")
+    assert plan_for(config, world).resident["batches: features made ahead"] == max(found) > 0
 
 
 def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
