@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 
-def one_graph(function: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+def one_graph(function: Callable[..., Any], replayed: bool = False, **fixed: Any) -> Callable[..., Any]:
     """`function` as one compiled graph; a break is an error.
 
     Args:
         function: a plain function of tensors.
+        replayed: on CUDA its kernels are recorded once and launched together; shapes must not vary, and what a call gives is
+            overwritten by the call after the next `torch.compiler.cudagraph_mark_step_begin`.
         fixed: its keyword arguments that are constants of the graph.
     """
     # A code object of its own: the compiler counts the graphs of a code object and gives up at a few.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     own.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **fixed}
-    return torch.compile(own, dynamic=False, fullgraph=True)
+    return torch.compile(own, dynamic=False, fullgraph=True, mode="reduce-overhead" if replayed else None)
 
 
 def vary(values: Sequence[Tensor], dim: int) -> bool:

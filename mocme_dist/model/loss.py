@@ -24,13 +24,15 @@ from mocme_dist.model.rotate import distance, rotate
 class LossSettings(NamedTuple):
     """What the loss depends on besides tensors.
 
-    kind: contrastive | one_vs_all; gamma: the margin; weighting: of the negatives; compiled: fused path.
+    kind: contrastive | one_vs_all; gamma: the margin; weighting: of the negatives; compiled: fused path; cuda_graphs: with it,
+    its kernels launched together on CUDA, which one forward pass at a time may use.
     """
 
     kind: str = "contrastive"
     gamma: float = 12.0
     weighting: Weighting = Weighting()
     compiled: bool = False
+    cuda_graphs: bool = False
 
 
 class LossStats(NamedTuple):
@@ -99,7 +101,7 @@ def _forward(
 @cache
 def _compiled(settings: LossSettings) -> Callable[..., tuple[Tensor, ...]]:
     """One graph for these settings. Batches have fixed shapes, so after the first step nothing is compiled again."""
-    return one_graph(_forward, settings=settings)
+    return one_graph(_forward, settings.cuda_graphs, settings=settings)
 
 
 def completion_loss(
@@ -128,5 +130,11 @@ def completion_loss(
         The summed loss (a scalar with a gradient; divide by the number of queries) and detached sums for the log.
     """
     tensors = (source_GbD, phase_GbC, sign_Gb, target_GbD, pool_GND, allowed_GbN, weight_Gb)
-    loss, *sums = _compiled(settings)(*tensors) if settings.compiled else _forward(*tensors, settings=settings)
+    if not settings.compiled:
+        loss, *sums = _forward(*tensors, settings=settings)
+    elif not settings.cuda_graphs:
+        loss, *sums = _compiled(settings)(*tensors)
+    else:  # the backward pass of the call before has run; what it gave to the log must outlive the replay
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, *sums = (value.clone() for value in _compiled(settings)(*tensors))
     return loss, LossStats(loss.detach(), *sums)

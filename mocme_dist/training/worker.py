@@ -105,6 +105,10 @@ class Worker:
         self.courier = Courier(comm.device)
         self.ahead = features_ahead(config, comm.device.type == "cuda")
         self.compiled = use_compiler(config.compile, comm.device)
+        if config.train.cuda_graphs and not (self.compiled and comm.device.type == "cuda"):
+            raise ConfigError(
+                f"train.cuda_graphs: needs a GPU and compile=on; here are {comm.device.type} and compile={config.compile}; set it to false"
+            )
         raw_widths = {name: config.experts.width if name == "structure" else self.stores[name].width for name in self.modalities}
         # ZeRO-3 fetches parameters in hooks of the modules, which a graph cannot hold. On a CPU, encoding is matrix
         # products and little else: the graph took as long as eager code and tens of seconds to compile (RESULTS.md).
@@ -360,7 +364,7 @@ def model_settings(config: Config) -> ModelSettings:
 def _loss_settings(config: Config, compiled: bool) -> LossSettings:
     n = config.negatives
     weighting = Weighting(n.weighting, n.easy_below, n.hard_from, n.weight_easy, n.weight_ambiguous, n.weight_hard, n.temperature)
-    return LossSettings(config.train.loss, config.rotate.gamma, weighting, compiled)
+    return LossSettings(config.train.loss, config.rotate.gamma, weighting, compiled, config.train.cuda_graphs)
 
 
 def _groups(config: Config, module: StepModule) -> list[dict[str, Any]]:

@@ -133,10 +133,11 @@ def test_loss_is_one_graph(kind, weighting):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cuda_graphs", [False, True])  # without a GPU the compiler leaves them out and says nothing
 @pytest.mark.parametrize(("kind", "weighting"), CASES[3:])
-def test_compiled_loss_equals_eager(kind, weighting):
+def test_compiled_loss_equals_eager(kind, weighting, cuda_graphs):
     values = inputs()
-    found, stats = evaluate(values, settings(kind, weighting, compiled=True))
+    found, stats = evaluate(values, settings(kind, weighting, compiled=True)._replace(cuda_graphs=cuda_graphs))
     expected, sums = evaluate(values, settings(kind, weighting))
     for one, other in zip(found, expected, strict=True):
         assert torch.isfinite(one).all()

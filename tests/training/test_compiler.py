@@ -9,11 +9,13 @@ import sysconfig
 
 import pytest
 import torch
+from tiny_run import tiny_config
 
 from mocme_dist.config import load_config
 from mocme_dist.errors import ConfigError
+from mocme_dist.parallel.comm import communication
 from mocme_dist.training import monitor
-from mocme_dist.training.worker import use_compiler
+from mocme_dist.training.worker import Worker, open_dataset, use_compiler
 
 CPU = torch.device("cpu")
 
@@ -38,6 +40,12 @@ def test_a_machine_that_has_all_compiles(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     (tmp_path / "Python.h").touch()
     assert use_compiler("auto", CPU) and use_compiler("on", CPU)
+
+
+def test_cuda_graphs_without_a_gpu_are_refused(featured_dataset, tmp_path):
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]", "train.cuda_graphs=true")
+    with communication(60) as comm, pytest.raises(ConfigError, match=r"train.cuda_graphs: needs a GPU and compile=on; .*set it to false"):
+        Worker(config, open_dataset(config), comm)
 
 
 def test_who_has_amx_is_told_what_is_faster_unless_it_is_set(monkeypatch):
