@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include "products.h"
@@ -13,14 +12,6 @@ using namespace mocme;
 
 constexpr int64_t W = LANES;
 constexpr int64_t CHUNK = 16 * ROWS;  // rows of an expert that a thread takes at a time
-
-template <typename T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count) : data(static_cast<T*>(std::aligned_alloc(ALIGN, count * sizeof(T) / ALIGN * ALIGN + ALIGN))) {}
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-};
 
 // Rows [first, first + count) of (rows, D) as elements; rows past the end are zeros.
 static void take_rows(Element* out, const float* from, int64_t count, int64_t D) {

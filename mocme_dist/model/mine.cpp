@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -18,16 +17,6 @@
 using namespace mocme;
 
 constexpr int64_t W = LANES;
-
-template <typename T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count, bool zeros = false) : data(static_cast<T*>(std::aligned_alloc(ALIGN, count * sizeof(T) / ALIGN * ALIGN + ALIGN))) {
-    if (zeros) std::memset(static_cast<void*>(data), 0, count * sizeof(T));
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-};
 
 extern "C" {
 

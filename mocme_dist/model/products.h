@@ -2,6 +2,7 @@
 // flags allow it, with float32 sums, in float32 by vectors elsewhere. Sizes are multiples of PAD.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 
 #include "vector.h"
@@ -309,5 +310,16 @@ inline void accumulate(float* out, const Element* left, int64_t stride, int64_t 
 }
 
 #endif
+
+// Memory of a kernel's own, where its matrices may begin.
+template <typename T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t count, bool zeros = false) : data(static_cast<T*>(std::aligned_alloc(ALIGN, count * sizeof(T) / ALIGN * ALIGN + ALIGN))) {
+    if (zeros) std::memset(static_cast<void*>(data), 0, count * sizeof(T));
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+};
 
 }  // namespace mocme

@@ -46,6 +46,13 @@ def run(
     return found, {name: p.grad for name, p in module.named_parameters()} | dict(module.named_buffers())
 
 
+def run_twins(
+    S: int, pairs: list[tuple[int, int]], V: int, D: int, H: int, bounded: bool, precision: str
+) -> list[tuple[MineEstimate, dict[str, Tensor]]]:
+    """What `run` gives of the torch form and of the kernels."""
+    return [run(mine(S, pairs, D, H, kernels, precision), *case(S, V, D), bounded) for kernels in (False, True)]
+
+
 PRECISIONS = ["float32", *(pytest.param(name, marks=needs_amx) for name in ("bfloat16x3", "bfloat16"))]
 SHAPES = [
     pytest.param(9, pairs_within(3, 3), 257, 37, 64, id="experts"),
@@ -85,9 +92,7 @@ def test_kernels_equal_torch(S, pairs, V, D, H, bounded, instructions, monkeypat
 @pytest.mark.parametrize(("S", "pairs", "V", "D", "H"), SHAPES)
 def test_bfloat16_kernels_equal_torch_that_rounds_as_they_do(S, pairs, V, D, H, bounded):
     """Both round views, weights, side products and hidden units; they differ where a sum's last digit tips a rounding."""
-    view, present, held_out = case(S, V, D)
-    twins = [mine(S, pairs, D, H, kernels, "bfloat16") for kernels in (False, True)]
-    (plain, expected), (fast, found) = (run(module, view, present, held_out, bounded) for module in twins)
+    (plain, expected), (fast, found) = run_twins(S, pairs, V, D, H, bounded, "bfloat16")
     torch.testing.assert_close(fast.information_P, plain.information_P, rtol=HALF_DIGIT, atol=HALF_DIGIT)
     torch.testing.assert_close(fast.loss, plain.loss, rtol=HALF_DIGIT, atol=HALF_DIGIT)
     assert torch.equal(fast.valid_P, plain.valid_P)
@@ -101,9 +106,7 @@ def test_bfloat16_kernels_equal_torch_that_rounds_as_they_do(S, pairs, V, D, H, 
 @pytest.mark.parametrize(("S", "pairs", "V", "D", "H"), SHAPES)
 def test_products_in_three_parts_equal_float32(S, pairs, V, D, H, bounded):
     """A number loses what is below 2^-17 of it, a product what is below 2^-16."""
-    view, present, held_out = case(S, V, D)
-    twins = [mine(S, pairs, D, H, kernels, "bfloat16x3") for kernels in (False, True)]
-    (plain, expected), (fast, found) = (run(module, view, present, held_out, bounded) for module in twins)
+    (plain, expected), (fast, found) = run_twins(S, pairs, V, D, H, bounded, "bfloat16x3")
     torch.testing.assert_close(fast.information_P, plain.information_P, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast.loss, plain.loss, rtol=1e-4, atol=1e-4)
     for name, value in expected.items():
