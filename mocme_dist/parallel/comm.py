@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,25 +21,38 @@ from torch.distributed.rendezvous import rendezvous
 
 from mocme_dist import errors
 from mocme_dist.errors import RankError
+from mocme_dist.parallel.shared import SharedSwap, join
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 _HERE = "mocme_dist/rank 0 is here"
 _LONG, _SAY_S = timedelta(days=30), 60
+# What a rank may read of others for a sum: all that each of them has. A ring moves twice what one has, however many there are.
+SUM_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Comm:
-    """This process among the others; `ahead` is the background thread's own group."""
+    """This process among the others.
+
+    Attributes:
+        ahead: the background thread's own group.
+        swap, swap_ahead: pass tensors on the CPU through memory, where all ranks are on one machine; of the step, and
+            of the background thread. What they do not take goes through the process groups.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     ahead: dist.ProcessGroup
+    swap: SharedSwap | None = None
+    swap_ahead: SharedSwap | None = None
 
     def sum(self, value: Tensor) -> Tensor:
         """`value` added over all ranks, as a new tensor without a gradient."""
+        if self.swap is not None and value.device.type == "cpu" and value.nbytes * (self.world_size - 1) <= SUM_BYTES:
+            return self.swap.sum(value.detach())
         total = value.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
@@ -106,10 +119,30 @@ def communication(timeout_s: int) -> Iterator[Comm]:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
         ahead = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        yield Comm(dist.get_rank(), dist.get_world_size(), device, ahead)
+        with ExitStack() as stack:
+            swap, swap_ahead = _join_memory(stack, ahead, timeout_s) if device.type == "cpu" else (None, None)
+            yield Comm(dist.get_rank(), dist.get_world_size(), device, ahead, swap, swap_ahead)
     finally:
         if made_here:
             dist.destroy_process_group()
+
+
+def _join_memory(stack: ExitStack, ahead: dist.ProcessGroup, timeout_s: int) -> tuple[SharedSwap | None, SharedSwap | None]:
+    """Two ways through memory that never meet; closed with `stack`."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return None, None
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * world_size
+        dist.all_gather_object(values, value, group=ahead)
+        return values
+
+    ways = [join(rank, world_size, timeout_s, gather) for _ in range(2)]
+    for way in ways:
+        if way is not None:
+            stack.callback(way.close)
+    return ways[0], ways[1]
 
 
 def _meet() -> tuple[Any, int, int]:

@@ -22,6 +22,7 @@ from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.files import read_json
 from mocme_dist.errors import ConfigError
 from mocme_dist.model.mocme import MoCME
+from mocme_dist.parallel.comm import SUM_BYTES
 from mocme_dist.parallel.optim import choose_optimizer, state_widths
 from mocme_dist.partition import RowPartition
 from mocme_dist.training.worker import block_rows, features_ahead, model_settings, resolve_modalities
@@ -145,6 +146,7 @@ def make_plan(config: Config, dataset: Dataset, world_size: int, under_ray: bool
         "dense: moments": 8 * dense // (world_size if config.deepspeed.stage >= 1 else 1),
         "batches: places of the pool": 4 * dataset.num_entities,
         "batches: features made ahead": _ahead_bytes(config, widths, requests),
+        "exchange: shared memory": _shared_bytes(config, requests, dense, world_size),
     }
     passing = {
         "a step": _step_bytes(config, model, requests, world_size),
@@ -251,6 +253,18 @@ def _ahead_bytes(config: Config, widths: dict[str, int], requests: Requests) -> 
     if not features_ahead(config, config.launch.gpus_per_worker > 0):
         return 0
     return (DEPTH + 1) * requests.asked * 4 * sum(width for name, width in widths.items() if name != "structure")
+
+
+def _shared_bytes(config: Config, requests: Requests, dense: int, world_size: int) -> int:
+    """Slots through which ranks on the CPUs of one machine exchange: two of one's own, and what one reads in those of others.
+
+    They stay. Gradients that come back are as many as the vectors were that went out.
+    """
+    if world_size == 1 or config.launch.gpus_per_worker > 0:
+        return 0
+    vectors = 2 * exchange_bytes(requests.sent // config.deepspeed.gradient_accumulation_steps, config.experts.width)
+    summed = 4 * dense if config.deepspeed.engine == "torch" and 4 * dense * (world_size - 1) <= SUM_BYTES else 0
+    return 2 * max(vectors, world_size * summed)
 
 
 def wire_bytes(requests: Requests, width: int, dense: int, world_size: int) -> dict[str, int]:

@@ -58,7 +58,7 @@ class StepModule(nn.Module):
                 raw = {**raw, "structure": self.rows(raw["structure"])}
             fused = self.model.encode(raw, entities.present_MV, entities.held_out_V, self.comm.sum, estimate)
         with self.timer.phase("exchange"):
-            z_UD = exchange(fused.z_VD, route)
+            z_UD = exchange(fused.z_VD, route, self.comm.swap)
         with self.timer.phase("loss"):
             loss, stats = completion_loss(
                 take(z_UD, batch.source_Gb),

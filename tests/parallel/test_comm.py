@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -16,6 +17,11 @@ from mocme_dist.parallel.comm import Comm, communication
 
 
 def check_collectives(comm: Comm) -> None:
+    check_each(comm)
+    check_each(dataclasses.replace(comm, swap=None))
+
+
+def check_each(comm: Comm) -> None:
     mine = torch.arange(3.0, dtype=torch.float64, requires_grad=True) + comm.rank
     total = comm.sum(mine)
     expected = sum(torch.arange(3.0, dtype=torch.float64) + rank for rank in range(comm.world_size))

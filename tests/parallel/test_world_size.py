@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,6 +179,21 @@ def test_steps_agree_at_every_world_size(found, name):
         assert torch.equal((other.rows_ED == start).all(1), (plain.rows_ED == start).all(1))
         for name, value in plain.dense.items():
             torch.testing.assert_close(other.dense[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def through_groups(comm: Comm, cases: list[Case]) -> list[Outcome]:
+    """The same ranks, all of whose tensors go through the process groups."""
+    assert comm.swap is not None and comm.swap_ahead is not None
+    return train_all(dataclasses.replace(comm, swap=None, swap_ahead=None), cases)
+
+
+def test_ranks_that_share_memory_take_the_steps_of_those_that_do_not(run_ranks, found):
+    names = ("contrastive", "one_vs_all", "in parts", "bfloat16")
+    for name, plain in zip(names, run_ranks(2, through_groups, [CASES[name] for name in names])[0], strict=True):
+        shared = found[name][1]
+        assert shared.losses == plain.losses and torch.equal(shared.rows_ED, plain.rows_ED)
+        for key, value in plain.dense.items():
+            assert torch.equal(shared.dense[key], value), f"{name}: {key}"
 
 
 def plain_twin(comm: Comm, case: Case) -> Outcome:

@@ -83,6 +83,26 @@ def test_features_made_ahead_are_counted(run_ranks, featured_dataset, tmp_path, 
     assert plan_for(config, world).resident["batches: features made ahead"] == max(found) > 0
 
 
+def through_memory(comm: Comm, worker: Worker, route: Any) -> list[int]:
+    """The same, where the ranks share memory."""
+    from mocme_dist.parallel.exchange import exchange
+    from mocme_dist.parallel.shared import SharedSwap
+
+    sent, outgoing = [], SharedSwap.outgoing
+
+    def counted(swap: Any, counts: Any, dtype: Any) -> list[Any]:
+        rooms = outgoing(swap, counts, dtype)
+        sent.append(sum(room.nbytes for room in rooms))
+        return rooms
+
+    SharedSwap.outgoing = counted  # type: ignore[method-assign]
+    try:
+        exchange(worker.table.gather(route.rows_V), route, comm.swap).sum().backward()
+    finally:
+        SharedSwap.outgoing = outgoing  # type: ignore[method-assign]
+    return sent
+
+
 def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
     """Body of one rank: bytes that one step's vectors take to the other ranks, counted where they are handed over."""
     import torch.distributed as dist
@@ -105,6 +125,7 @@ def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
         exchange(rows_VD, route).sum().backward()
     finally:
         dist.all_to_all_single = original
+    assert through_memory(comm, worker, route) == sent
     assert len(sent) == 2 and sent[0] == exchange_bytes(route.sent_vectors, worker.table.width)
     # Gradients go the other way: what came in goes back.
     assert sent[1] == exchange_bytes(sum(route.wanted_counts) - route.wanted_counts[comm.rank], worker.table.width)

@@ -24,6 +24,9 @@ from mocme_dist.training.stopping import StopRequest
 from mocme_dist.training.supervise import Supervisor
 
 PEER = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:33447"
+# Of ranks that share memory.
+MISSED = "RankError: rank 0: connection closed by peer: rank 1 is gone"
+SILENT = "RankError: rank 0: timed out waiting for rank 2: it sent nothing for 1800 s"
 ENDED = "ValueError: Default process group has not been initialized, please make sure to call init_process_group."
 
 
@@ -46,6 +49,9 @@ GONE, HUNG, LOST = ray_error("WorkerHealthCheckFailedError"), ray_error("WorkerH
         ({1: GONE}, [sign(0, 9, PEER), sign(1, 7)], r"rank 1 \(pid 101 on host\) was lost at step 9", 9, False),
         # Ray heard of the complaint only: who did not complain is lost.
         ({0: LOST}, [sign(0, 9, PEER), sign(1, 7), sign(2, 9, PEER)], r"rank 1 \(pid 101 .* was lost at step 9", 9, False),
+        ({1: GONE}, [sign(0, 9, MISSED), sign(1, 7)], r"rank 1 \(pid 101 on host\) was lost at step 9", 9, False),
+        ({0: RankError(MISSED)}, [sign(0, 9, MISSED), sign(1, 7), sign(2, 9, PEER)], r"rank 1 \(pid 101 .* was lost at step 9", 9, False),
+        ({2: HUNG}, [sign(0, 7, SILENT), sign(1), sign(2)], r"rank 2 .* did not answer any more after step 7", 7, False),
         ({2: HUNG}, [sign(0), sign(1), sign(2)], r"rank 2 .* did not answer any more after step 7", 7, False),
         # Ray gave one up and took the group down under the others, which were between two collectives.
         ({0: HUNG}, [sign(0), sign(1, 8, ENDED)], r"rank 0 .* did not answer any more after step 8", 8, False),
