@@ -214,9 +214,7 @@ class TrainConfig(Section):
         "float32. bfloat16 is fast where the hardware has it (GPUs, CPUs with AMX or AVX512-BF16) and slow on other CPUs. bfloat16x3 "
         "multiplies numbers of 16 bits in three products of bfloat16: experts and statistics networks on CPUs with AMX, float32 elsewhere.",
     )
-    cuda_graphs: bool = Field(
-        False, description="Launch the loss's kernels together on a GPU, recorded once. Needs compile. Written, and never run on a GPU."
-    )
+    cuda_graphs: bool = Field(False, description="Launch the loss's kernels together on a GPU, recorded once. Needs compile.")
     structure_dropout: float = Field(
         0.0,
         ge=0,

@@ -1,9 +1,9 @@
-"""How many entities stand before a query's target: two ways to count them over one rank's rows.
+"""How many entities stand before a query's target: three ways to count them over one rank's rows.
 
 `count_tiles` is torch: a tile of entities at a time, plain or compiled, on any device. `count_native` is the kernel of
-count.cpp for CPUs. Both leave out pairs that do not compete, both take the target's distance from the arithmetic that
-the candidates' come from, so that equal vectors tie, and both count a candidate as nearer where one of the two
-distances is NaN, so that a model that has diverged ranks last.
+count.cpp for CPUs, `count_on_gpu` that of count_triton. All leave out pairs that do not compete, all take the target's
+distance from the arithmetic that the candidates' come from, so that equal vectors tie, and all count a candidate as
+nearer where one of the two distances is NaN, so that a model that has diverged ranks last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mocme_dist.model.native import library
-from mocme_dist.model.pool import pool_distance
+from mocme_dist.model.pool import has_kernels, pool_distance
 
 # The plain form of the kernel stores (queries, tile, D); so many queries at once bound it.
 _PLAIN_QUERIES = 16
@@ -28,6 +28,11 @@ def target_distances(query_QD: Tensor, target_QD: Tensor, tile_rows: int, compil
     if kernels is not None:
         each_Q = torch.arange(len(query_QD))
         return pair_distances(query_QD, target_QD, each_Q, each_Q, kernels)
+    if _has_gpu_kernels(query_QD, compiled):
+        from mocme_dist.evaluation import count_triton  # there is no Triton beside torch's CPU build
+
+        each_Q = torch.arange(len(query_QD), device=query_QD.device)
+        return count_triton.pair_distances(query_QD, target_QD, each_Q, each_Q)
     padded_TD = torch.cat([target_QD, target_QD.new_zeros(tile_rows - len(query_QD), target_QD.shape[1])])
     return _distances(query_QD, padded_TD, compiled)[:, : len(query_QD)].diagonal().contiguous()
 
@@ -48,11 +53,17 @@ def count(
     kernels = _kernels_for(query_QD, compiled)
     if kernels is not None:
         return count_native(query_QD, target_Q, rows_rD, skip_query, skip_row, kernels)
+    if _has_gpu_kernels(query_QD, compiled):
+        return count_on_gpu(query_QD, target_Q, rows_rD, skip_query, skip_row)
     return count_tiles(query_QD, target_Q, rows_rD, skip_query, skip_row, tile_rows, compiled)
 
 
 def _kernels_for(query_QD: Tensor, compiled: bool) -> ctypes.CDLL | None:
     return native_kernels() if compiled and query_QD.device.type == "cpu" else None
+
+
+def _has_gpu_kernels(query_QD: Tensor, compiled: bool) -> bool:
+    return compiled and query_QD.device.type == "cuda" and has_kernels("cuda")
 
 
 def native_kernels(instructions: str | None = None) -> ctypes.CDLL | None:
@@ -81,6 +92,14 @@ def count_native(query_QD: Tensor, target_Q: Tensor, rows_rD: Tensor, skip_query
     counts_2Q[:, order_Q] = counts_2Q.clone()
     skipped = pair_distances(query_QD, rows_rD, skip_query, skip_row, kernels)
     return _leave_out(counts_2Q, skipped, target_Q, skip_query)
+
+
+def count_on_gpu(query_QD: Tensor, target_Q: Tensor, rows_rD: Tensor, skip_query: Tensor, skip_row: Tensor) -> Tensor:
+    """`count` by the kernels of count_triton."""
+    from mocme_dist.evaluation import count_triton
+
+    counts_2Q = count_triton.count_rows(query_QD, target_Q, rows_rD)
+    return _leave_out(counts_2Q, count_triton.pair_distances(query_QD, rows_rD, skip_query, skip_row), target_Q, skip_query)
 
 
 def pair_distances(query_QD: Tensor, rows_rD: Tensor, query_P: Tensor, row_P: Tensor, kernels: ctypes.CDLL) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
@@ -19,6 +20,8 @@ def one_graph(function: Callable[..., Any], replayed: bool = False, **fixed: Any
             overwritten by the call after the next `torch.compiler.cudagraph_mark_step_begin`.
         fixed: its keyword arguments that are constants of the graph.
     """
+    # What the compiler says of its own choices (TF32 left off, a softmax split) is nothing that a user can act on.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor\.")
     # A code object of its own: the compiler counts the graphs of a code object and gives up at a few.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     own.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **fixed}

@@ -1,13 +1,15 @@
 """Distances of queries to a pool of candidates that they share; the (B, N, C) differences are never stored.
 
-Forward reduces them on the fly, backward recomputes them. Three forms of one function, held to each other by
-tests/model/test_pool.py: the plain one, the C++ kernels of pool.cpp (CPU), and what torch.compile makes of the same
-arithmetic (other devices, and CPUs whose compiler does not build the kernels). As an operator of torch the C++ form is
-one node of a compiled graph.
+Forward reduces them on the fly, backward recomputes them. Four forms of one function, held to each other by
+tests/model/test_pool.py and test_on_gpu.py: the plain one, the C++ kernels of pool.cpp (CPU), the Triton kernels of
+pool_triton (CUDA), and what torch.compile makes of the same arithmetic (where neither can be built). As operators of
+torch the kernels stand in a compiled graph.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -101,8 +103,18 @@ class _FusedDistance(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result
 def has_kernels(device_type: str) -> bool:
-    """Whether distances on this kind of device come from the C++ kernels."""
+    """Whether distances on this kind of device come from kernels of our own."""
+    if device_type == "cuda":
+        return importlib.util.find_spec("triton") is not None
     return device_type == "cpu" and library(_SOURCE) is not None
+
+
+def _kernels_of(device_type: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if device_type == "cpu":
+        return _native_distance
+    from mocme_dist.model.pool_triton import distance_to_pool  # there is no Triton beside torch's CPU build
+
+    return distance_to_pool
 
 
 @cache
@@ -122,6 +134,6 @@ def pool_distance(query_GbD: Tensor, pool_GND: Tensor, compiled: bool) -> Tensor
         return distance(query_GbD[:, :, None], pool_GND[:, None])
     query_GbD, pool_GND = query_GbD.float().contiguous(), pool_GND.float().contiguous()
     if has_kernels(query_GbD.device.type):
-        return _native_distance(query_GbD, pool_GND)
+        return _kernels_of(query_GbD.device.type)(query_GbD, pool_GND)
     # Inside a graph that is being compiled, the graph's own compiler fuses it.
     return _FusedDistance.apply(query_GbD, pool_GND) if torch.compiler.is_compiling() else _compiled_distance()(query_GbD, pool_GND)

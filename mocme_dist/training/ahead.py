@@ -37,7 +37,6 @@ class Courier:
 
     On a GPU they are copied from pinned memory on a stream of the courier's own, and nobody waits but the device: a mark
     says where the copies of a part end, and the step's stream goes on behind it. On a CPU nothing is copied or waited for.
-    The GPU's side was never run on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -234,7 +234,10 @@ class DeepSpeedEngine:
         if self._is_plain():
             return
         for flat in self._masters():
-            self.plain.state[flat] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+            self.plain.state[flat] = {
+                "step": torch.tensor(0.0, device=flat.device),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
         if self.stage < 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 

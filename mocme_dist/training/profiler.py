@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,8 @@ class StepProfiler:
 
     def _begin(self, step: int) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        # It warns that events end with the trace; they do.
+        warnings.filterwarnings("ignore", message="Warning: Profiler clears events", category=UserWarning)
         self._profile = profile(activities=activities)
         self._profile.start()
         self.timer.tracing = True

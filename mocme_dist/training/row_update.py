@@ -1,4 +1,4 @@
-"""The table's row updates by the C++ kernels of rows.cpp: what `parallel.optim` computes in torch, in one pass over the rows."""
+"""The table's row updates by kernels, rows.cpp or rows_triton: what `parallel.optim` computes in torch, in one pass over the rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mocme_dist.model.native import call, library
+from mocme_dist.model.pool import has_kernels
 from mocme_dist.parallel.optim import BETAS, EPSILON, RowUpdate
 
 _SOURCE = Path(__file__).with_name("rows.cpp")
@@ -15,6 +16,10 @@ _SOURCE = Path(__file__).with_name("rows.cpp")
 
 def row_update(device_type: str) -> RowUpdate | None:
     """The update of float32 rows on this kind of device; None where torch must do it."""
+    if device_type == "cuda" and has_kernels("cuda"):
+        from mocme_dist.training.rows_triton import move_rows  # there is no Triton beside torch's CPU build
+
+        return move_rows
     return _update if device_type == "cpu" and library(_SOURCE) is not None else None
 
 

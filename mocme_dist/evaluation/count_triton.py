@@ -1,0 +1,84 @@
+"""How many rows stand before a query's target, on CUDA: what count.cpp does on a CPU, in Triton.
+
+No distance is stored: a tile of queries stays in registers, rows pass by it and are compared and counted. The distance of a
+pair is the same sum over the same tile by either kernel, so equal vectors tie, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mocme_dist.model.pool_triton import load_complex, sum_of_moduli, tile_of
+
+_TURNS, _UNROLL = 64, 2
+
+
+@triton.jit
+def _count_kernel(  # type: ignore[no-untyped-def]
+    query_QD,
+    target_Q,
+    rows_rD,
+    counts_2Q,
+    Q,
+    r,
+    C,
+    TURNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    # One axis, because the others end at 65,535; neighbours read the same rows.
+    turn, tile = tl.program_id(0) // tl.cdiv(Q, BLOCK), tl.program_id(0) % tl.cdiv(Q, BLOCK)
+    first = turn.to(tl.int64) * TURNS
+    at_Q, at_C = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)[None, :]
+    place_Q = tl.minimum(at_Q, Q - 1)
+    query_real, query_imag = load_complex(query_QD + place_Q[:, None].to(tl.int64) * 2 * C, C, at_C, EVEN)
+    target_of_Q = tl.load(target_Q + place_Q)
+    nearer_Q, equal_Q = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    row = rows_rD + first * 2 * C
+    for _ in tl.range(first, min(first + TURNS, r), loop_unroll_factor=UNROLL):
+        row_real, row_imag = load_complex(row, C, at_C, EVEN)
+        found_Q = sum_of_moduli(query_real, query_imag, row_real, row_imag)
+        nearer_Q += ((found_Q >= target_of_Q) == 0).to(tl.int32)  # not "<": NaN counts as nearer
+        equal_Q += (found_Q == target_of_Q).to(tl.int32)
+        row += 2 * C
+    tl.atomic_add(counts_2Q + at_Q, nearer_Q, at_Q < Q)
+    tl.atomic_add(counts_2Q + Q + at_Q, equal_Q, at_Q < Q)
+
+
+@triton.jit
+def _pairs_kernel(query_QD, rows_rD, query_P, row_P, out_P, P, C, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    at_P, at_C = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)[None, :]
+    place_P = tl.minimum(at_P, P - 1)
+    query, row = tl.load(query_P + place_P), tl.load(row_P + place_P)
+    query_real, query_imag = load_complex(query_QD + query[:, None] * 2 * C, C, at_C, EVEN)
+    row_real, row_imag = load_complex(rows_rD + row[:, None] * 2 * C, C, at_C, EVEN)
+    tl.store(out_P + at_P, sum_of_moduli(query_real, query_imag, row_real, row_imag), at_P < P)
+
+
+def count_rows(query_QD: Tensor, target_Q: Tensor, rows_rD: Tensor) -> Tensor:
+    """(2, Q) int64: rows nearer to each query than its target, and rows as near; on CUDA."""
+    query_QD, rows_rD = query_QD.float().contiguous(), rows_rD.float().contiguous()
+    Q, (r, D) = len(query_QD), rows_rD.shape
+    counts_2Q = torch.zeros(2, Q, dtype=torch.int32, device=rows_rD.device)
+    if Q and r:
+        tile = tile_of(D // 2)
+        grid = (triton.cdiv(Q, tile["BLOCK"]) * triton.cdiv(r, _TURNS),)
+        _count_kernel[grid](query_QD, target_Q.contiguous(), rows_rD, counts_2Q, Q, r, D // 2, TURNS=_TURNS, UNROLL=_UNROLL, **tile)
+    return counts_2Q.long()
+
+
+def pair_distances(query_QD: Tensor, rows_rD: Tensor, query_P: Tensor, row_P: Tensor) -> Tensor:
+    """(P,) distances of pairs of a query and a row, bit for bit those that `count_rows` compares."""
+    query_QD, rows_rD = query_QD.float().contiguous(), rows_rD.float().contiguous()
+    query_P, row_P, D = query_P.contiguous(), row_P.contiguous(), query_QD.shape[1]
+    out_P = query_QD.new_empty(len(query_P))
+    if len(out_P):
+        tile = tile_of(D // 2)
+        grid = (triton.cdiv(len(out_P), tile["BLOCK"]),)
+        _pairs_kernel[grid](query_QD, rows_rD, query_P, row_P, out_P, len(out_P), D // 2, **tile)
+    return out_P
