@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def wait_for_device() -> None:
     """Let an accelerator finish what it was given, so that a clock read now means something."""
@@ -36,6 +38,20 @@ def measure(function: Callable[[], object], warmup: int = 3, repeats: int = 20) 
     return spread(times)
 
 
+def replayed_ms(function: Callable[[], object], times: int = 20, repeats: int = 20) -> float:
+    """Median milliseconds of one call on CUDA without the host: `times` calls are recorded as one graph, which is launched again."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(times):
+            function()
+    return measure(graph.replay, 3, repeats)[0] / times
+
+
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Median and 90th percentile."""
     return statistics.median(values), statistics.quantiles(values, n=10)[-1] if len(values) > 1 else values[0]
@@ -46,19 +62,27 @@ def ceilings(repeats: int = 20) -> dict[str, float]:
 
     copy_gb_per_s: bytes read and written by copying 256 MB. matrix_gflop_per_s: additions and multiplications of a
     2,048 x 2,048 product without TF32. vector_gop_per_s: elementwise instructions, each on one number, at the same
-    rate of issue: a fused multiply-add of the product counts once.
+    rate of issue: a fused multiply-add of the product counts once. On CUDA the product is of 8,192, one of bfloat16 stands
+    beside it, and root_gop_per_s is the rate of square roots (roots.py), which is what distances take most of.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = torch.ones(1 << 26, device=device)
-    target, square = torch.empty_like(source), torch.randn(2048, 2048, device=device)
+    side = 8192 if DEVICE.type == "cuda" else 2048
+    source = torch.ones(1 << 26, device=DEVICE)
+    target, square = torch.empty_like(source), torch.randn(side, side, device=DEVICE)
     copy_ms, _ = measure(lambda: target.copy_(source), 2, repeats)
     matrix_ms, _ = measure(lambda: square @ square, 2, repeats)
-    flop = 2 * 2048**3
-    return {
-        "copy_gb_per_s": round(2 * 4 * source.numel() / copy_ms / 1e6, 1),
-        "matrix_gflop_per_s": round(flop / matrix_ms / 1e6, 1),
-        "vector_gop_per_s": round(flop / 2 / matrix_ms / 1e6, 1),
+    flop = 2 * side**3
+    found = {
+        "copy_gb_per_s": 2 * 4 * source.numel() / copy_ms / 1e6,
+        "matrix_gflop_per_s": flop / matrix_ms / 1e6,
+        "vector_gop_per_s": flop / 2 / matrix_ms / 1e6,
     }
+    if DEVICE.type == "cuda":
+        from tools.bench.roots import roots_per_s  # there is no Triton beside torch's CPU build
+
+        square = square.bfloat16()
+        found["bfloat16_gflop_per_s"] = flop / measure(lambda: square @ square, 2, repeats)[0] / 1e6
+        found["root_gop_per_s"] = roots_per_s() / 1e9
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -66,7 +90,7 @@ def machine() -> dict[str, Any]:
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
     sets = [name for name in ("avx2", "avx512f", "amx_tile") if f" {name} " in Path("/proc/cpuinfo").read_text()]
     cpu = f"{model} ({', '.join(sets)}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {"device": device, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 

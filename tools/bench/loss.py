@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from mocme_dist.model.loss import LossSettings, completion_loss
-from tools.bench.common import finish, measure, row
+from mocme_dist.model.pool import pool_distance
+from tools.bench.common import DEVICE, ceilings, finish, measure, replayed_ms, row
 
 
 def make_batch(queries: int, negatives: int, width: int, chunk: int) -> dict[str, torch.Tensor]:
@@ -33,13 +34,12 @@ def make_batch(queries: int, negatives: int, width: int, chunk: int) -> dict[str
         "allowed_GbN": torch.rand(groups, chunk, negatives, generator=generator) > 0.01,
         "weight_Gb": torch.ones(groups, chunk),
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: value.detach().to(device).requires_grad_(value.requires_grad) for name, value in batch.items()}
+    return {name: value.detach().to(DEVICE).requires_grad_(value.requires_grad) for name, value in batch.items()}
 
 
-def run(batch: dict[str, torch.Tensor], compiled: bool) -> tuple[torch.Tensor, ...]:
+def run(batch: dict[str, torch.Tensor], compiled: bool, graphs: bool = False) -> tuple[torch.Tensor, ...]:
     """Loss and gradients of one batch."""
-    loss, _ = completion_loss(**batch, settings=LossSettings(compiled=compiled))  # type: ignore[arg-type]
+    loss, _ = completion_loss(**batch, settings=LossSettings(compiled=compiled, cuda_graphs=graphs))  # type: ignore[arg-type]
     leaves = [value for value in batch.values() if value.requires_grad]
     return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
@@ -92,6 +92,31 @@ def high_water_mb() -> float:
     return _status_mb("VmHWM")
 
 
+def kernel_rows(batch: dict[str, torch.Tensor], roots_per_s: float, name: str = "") -> list[dict[str, object]]:
+    """On CUDA: the kernels of distances alone, in one recorded graph, and their share of the rate of square roots.
+
+    One root a complex number of a pair forward, two backward.
+    """
+    query_GbD, pool_GND = batch["source_GbD"].detach().requires_grad_(), batch["pool_GND"].detach().requires_grad_()
+    slope_GbN = torch.randn(*query_GbD.shape[:2], pool_GND.shape[1], device=DEVICE)
+    rows, roots = [], slope_GbN.numel() * query_GbD.shape[2] // 2
+
+    def forward() -> torch.Tensor:
+        return pool_distance(query_GbD.detach(), pool_GND.detach(), True)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(pool_distance(query_GbD, pool_GND, True), (query_GbD, pool_GND), slope_GbN)
+
+    for part, function, factor in (("distance", forward, 1), ("distance_and_gradients", both, 3)):
+        ms = replayed_ms(function)
+        bar = ">= 0.6" if name and factor == 3 else ""
+        rows += [
+            row(f"{name}{part}_ms", ms, "ms"),
+            row(f"{name}{part}_fraction", factor * roots / ms * 1e3 / roots_per_s, "of the rate of roots", bar),
+        ]
+    return rows
+
+
 def main() -> None:
     """Parse, check parity, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,8 +144,21 @@ def main() -> None:
         row("eager_ms", eager_ms, "ms"),
         row("compiled_ms", fused_ms, "ms"),
     ]
+    extra = {}
+    if DEVICE.type == "cuda":
+        extra["ceilings"] = ceilings(repeats)
+        rows += kernel_rows(batch, extra["ceilings"]["root_gop_per_s"] * 1e9)
+        graphs_ms, _ = measure(lambda: run(batch, True, True), 5, 20)
+        rows += [row("graphs_speedup", eager_ms / graphs_ms, "x, train.cuda_graphs", ">= 20"), row("graphs_ms", graphs_ms, "ms")]
+        large = make_batch(8 * args.queries, 4 * args.negatives, args.width, 4 * args.chunk)
+        large_ms = {compiled: measure(lambda how=compiled: run(large, how), 3, 10)[0] for compiled in (True, False)}  # type: ignore[misc]
+        rows += [
+            row("large_speedup", large_ms[False] / large_ms[True], "x, B x 8, N x 4, chunk x 4", ">= 20"),
+            row("large_compiled_ms", large_ms[True], "ms"),
+        ]
+        rows += kernel_rows(large, extra["ceilings"]["root_gop_per_s"] * 1e9, "large_")
     shapes = {"B": args.queries, "N": args.negatives, "D": args.width, "chunk": args.chunk}
-    finish("loss", parity, rows, shapes=shapes)
+    finish("loss", parity, rows, shapes=shapes, **extra)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from mocme_dist.model.loss import LossSettings, completion_loss
 from mocme_dist.parallel.comm import communication
 from mocme_dist.training.worker import Worker, open_dataset
 from tools.bench import pykeen_peer
-from tools.bench.common import finish, measure, row, spread
+from tools.bench.common import DEVICE, finish, measure, row, spread
 from tools.bench.eager_rotate import EagerRotatE
 from tools.bench.workload import BFLOAT16, FULL, RELATIONS, STRUCTURE_ONLY, make_graph, step_config, timed_steps, use_all_cores
 
@@ -49,11 +49,11 @@ class Batch:
 
     def __init__(self, worker: Worker) -> None:
         batch = worker.prepare(0)[0].batch
-        ids = torch.from_numpy(batch.ids_U)
+        ids = torch.from_numpy(batch.ids_U).to(DEVICE)
         self.batch = batch
         self.source, self.target, self.pool = ids[batch.source_Gb], ids[batch.target_Gb], ids[batch.pool_GN]
         self.relation, self.sign, self.allowed = batch.relation_Gb, batch.sign_Gb, batch.allowed_GbN
-        self.own = torch.randint(worker.dataset.num_entities, (self.source.numel(), NEGATIVES))
+        self.own = torch.randint(worker.dataset.num_entities, (self.source.numel(), NEGATIVES), device=DEVICE)
 
     def queries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Source, relation, sign and target of each query."""
@@ -160,8 +160,8 @@ def ranking_rows(folder: Path, repeats: int, num_triples: int) -> tuple[bool, li
     every = np.concatenate(list(splits.values()))
     E, R = int(every[:, [0, 2]].max()) + 1, int(every[:, 1].max()) + 1
     gen = torch.Generator().manual_seed(0)
-    z_ED = torch.randn(E, WIDTH, generator=gen) * 14 / WIDTH
-    phase_RC = (torch.rand(R, WIDTH // 2, generator=gen) * 2 - 1) * torch.pi
+    z_ED = torch.randn(E, WIDTH, generator=gen).to(DEVICE) * 14 / WIDTH
+    phase_RC = (torch.rand(R, WIDTH // 2, generator=gen).to(DEVICE) * 2 - 1) * torch.pi
     known = KnownAnswers.build(every, R)
     test = splits["test"][np.random.default_rng(0).permutation(len(splits["test"]))]
     sample, few = split_queries(test[:1024]), test[:num_triples]
@@ -181,7 +181,7 @@ def ranking_rows(folder: Path, repeats: int, num_triples: int) -> tuple[bool, li
     ours_Q = rank(queries)
     equal = float((ours_Q == ranks_Q).mean())
     best = max(rates, key=lambda name: rates[name])
-    return explained(queries, ours_Q, ranks_Q, z_ED, phase_RC), [
+    return explained(queries, ours_Q, ranks_Q, z_ED.cpu(), phase_RC.cpu()), [
         row("pykeen_ranking", ours_per_s / rates[best], "x", ">= 40"),
         row("our_queries_per_s", ours_per_s, "queries/s"),
         row("our_ranking_p90_ms", ours_p90, f"ms per {len(sample.source)}"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mocme_dist.encoders.torchvision_shim import prepare_torchvision
+from tools.bench.common import DEVICE
 
 prepare_torchvision()  # pykeen imports torchvision where it finds it
 warnings.filterwarnings("ignore", category=UserWarning)
@@ -47,7 +48,7 @@ def train_steps(
     """
     factory = CoreTriplesFactory.create(torch.from_numpy(triples_T3), num_entities=num_entities, num_relations=num_relations)
     loss = NSSALoss(margin=gamma, adversarial_temperature=1.0)
-    model = RotatE(triples_factory=factory, embedding_dim=width // 2, loss=loss, random_seed=0)
+    model = RotatE(triples_factory=factory, embedding_dim=width // 2, loss=loss, random_seed=0).to(DEVICE)
     loop = SLCWATrainingLoop(
         model=model,
         triples_factory=factory,
@@ -71,6 +72,7 @@ class SumOfModuli(RotatEInteraction):
 def make_model(z_ED: Tensor, phase_RC: Tensor, triples_T3: np.ndarray, published: bool) -> ERModel:
     """A model that holds these embeddings, with the published distance or with PyKEEN's own."""
     factory = CoreTriplesFactory.create(torch.from_numpy(triples_T3), num_entities=len(z_ED), num_relations=len(phase_RC))
+    z_ED, phase_RC = z_ED.cpu(), phase_RC.cpu()
     entities, relations = torch.complex(*z_ED.chunk(2, -1)), torch.polar(torch.ones_like(phase_RC), phase_RC)
     given = [
         {"shape": (value.shape[1],), "dtype": torch.cfloat, "initializer": PretrainedInitializer(torch.view_as_real(value))}
@@ -81,7 +83,7 @@ def make_model(z_ED: Tensor, phase_RC: Tensor, triples_T3: np.ndarray, published
         interaction=SumOfModuli if published else RotatEInteraction,
         entity_representations_kwargs=given[0],
         relation_representations_kwargs=given[1],
-    )
+    ).to(DEVICE)
 
 
 def evaluate(model: ERModel, test_T3: np.ndarray, known_T3: np.ndarray, batch_size: int) -> tuple[float, np.ndarray]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mocme_dist.evaluation.counting import count, count_tiles, target_distances
 from mocme_dist.model.rotate import distance
-from tools.bench.common import ceilings, finish, measure, row
+from tools.bench.common import DEVICE, ceilings, finish, measure, row
 from tools.bench.workload import use_all_cores
 
 ENTITIES, WIDTH, QUERIES = 12_842, 256, 1024
@@ -31,25 +31,25 @@ def plain_compiled_distance(query_QD: Tensor, tile_TD: Tensor) -> Tensor:
 
 def plain_scores_per_s(width: int = WIDTH, queries: int = 256, tile: int = 1024, repeats: int = 20) -> float:
     """Query-candidate pairs a second that `plain_compiled_distance` scores with torch's threads, nothing counted."""
-    query_QD, tile_TD = torch.randn(queries, width), torch.randn(tile, width)
+    query_QD, tile_TD = torch.randn(queries, width, device=DEVICE), torch.randn(tile, width, device=DEVICE)
     with torch.inference_mode():
         median_ms, _ = measure(lambda: plain_compiled_distance(query_QD, tile_TD), 3, repeats)
     return queries * tile / median_ms * 1e3
 
 
-def make_problem(noise: float | None, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(queries, rows, targets' rows); `noise` is each query's distance from its target, relative to random vectors."""
+def make_problem(noise: float | None, queries: int, entities: int = ENTITIES) -> tuple[Tensor, Tensor, Tensor]:
+    """(queries, rows, targets' rows) on the device; `noise` is each query's distance from its target, relative to random vectors."""
     gen = torch.Generator().manual_seed(0)
-    rows_rD = torch.randn(ENTITIES, WIDTH, generator=gen) * 14 / WIDTH
-    target_QD = rows_rD[torch.randint(ENTITIES, (queries,), generator=gen)]
-    free_QD = torch.randn(queries, WIDTH, generator=gen) * 14 / WIDTH
+    rows_rD = torch.randn(entities, WIDTH, generator=gen).to(DEVICE) * 14 / WIDTH
+    target_QD = rows_rD[torch.randint(entities, (queries,), generator=gen).to(DEVICE)]
+    free_QD = torch.randn(queries, WIDTH, generator=gen).to(DEVICE) * 14 / WIDTH
     return (free_QD if noise is None else target_QD + noise * free_QD), rows_rD, target_QD
 
 
 def rank_all(problem: tuple[Tensor, Tensor, Tensor], compiled: bool, block: int = 256) -> Tensor:
     """(2, Q) counts in blocks, as evaluation makes them."""
     query_QD, rows_rD, target_QD = problem
-    nobody = torch.zeros(0, dtype=torch.int64)
+    nobody = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     counts = []
     for start in range(0, len(query_QD), block):
         part, target_part = query_QD[start : start + block], target_QD[start : start + block]
@@ -57,6 +57,18 @@ def rank_all(problem: tuple[Tensor, Tensor, Tensor], compiled: bool, block: int 
         make = count if compiled else count_tiles
         counts.append(make(part, target_Q, rows_rD, nobody, nobody, 1024, compiled))
     return torch.cat(counts, 1)
+
+
+def large_rows(roots_per_s: float, entities: int = 1_000_000, block: int = 1024) -> list[dict[str, object]]:
+    """On CUDA: the count of one large block of queries over a large shard, where launches are small beside the work."""
+    query_QD, rows_rD, target_QD = make_problem(None, block, entities)
+    target_Q, nobody = target_distances(query_QD, target_QD, block, True), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    median_ms, _ = measure(lambda: count(query_QD, target_Q, rows_rD, nobody, nobody, block, True), 2, 20)
+    roots = block * entities * WIDTH // 2
+    return [
+        row("large_scores_per_s", block * entities / median_ms * 1e3, f"pairs/s, {block} queries, {entities:,} entities"),
+        row("large_fraction_of_root_rate", roots / median_ms * 1e3 / roots_per_s, "of the rate of roots", ">= 0.6"),
+    ]
 
 
 def main() -> None:
@@ -79,8 +91,15 @@ def main() -> None:
         rows += [row(f"queries_per_s{name}", per_s, "queries/s"), row(f"block_p90_ms{name}", p90_ms, f"ms per {QUERIES}")]
         if noise is None:
             scores = per_s * ENTITIES
-            done = scores * WIDTH / 2 * OPERATIONS / 1e9
-            rows += [row("fraction_of_vector_rate", done / limits["vector_gop_per_s"], "of the matrix product's instructions")]
+            done = scores * WIDTH / 2 / 1e9
+            if DEVICE.type == "cuda":
+                rows += [row("fraction_of_root_rate", done / limits["root_gop_per_s"], "of the rate of roots")]
+            else:
+                rows += [
+                    row("fraction_of_vector_rate", done * OPERATIONS / limits["vector_gop_per_s"], "of the matrix product's instructions")
+                ]
+    if DEVICE.type == "cuda":
+        rows += large_rows(limits["root_gop_per_s"] * 1e9)
     plain = plain_scores_per_s(repeats=repeats)
     rows += [row("over_plain_compiled_distance", scores / plain, "x"), row("plain_scores_per_s", plain, "pairs/s")]
     shapes = {"entities": ENTITIES, "D": WIDTH, "queries": QUERIES}

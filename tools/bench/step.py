@@ -20,9 +20,11 @@ import torch
 from mocme_dist.config import Config
 from mocme_dist.parallel.comm import communication
 from mocme_dist.training.worker import Worker, open_dataset
-from tools.bench.common import ceilings, finish, row, spread
+from tools.bench.common import DEVICE, ceilings, finish, row, spread
 from tools.bench.workload import BFLOAT16, FULL, STRUCTURE_ONLY, Timed, make_graph, step_config, timed_steps, use_all_cores
 
+# What a GPU is given to do at once.
+LARGE = ("train.batch_size=16384", "negatives.count=1024", "negatives.chunk_size=1024")
 INSIDE = ("encode", "loss", "backward", "update")
 WIDTHS = {"text": 384, "numeric": 128}
 
@@ -49,6 +51,8 @@ def figures(name: str, timed: Timed, queries: int) -> list[dict[str, object]]:
         row(f"{name}_prepare_cpu_ms", 1e3 * timed.prepare_s, "ms of the other thread"),
     ]
     rows += [row(f"{name}_{phase}_ms", 1e3 * seconds, "ms") for phase, seconds in timed.phases.items()]
+    if timed.busy is not None:
+        rows += [row(f"{name}_busy", timed.busy, "of the time the GPU had work", ">= 0.7" * name.endswith("large"))]
     overhead = max(0.0, 1 - inside / mean_s)
     return [*rows, row("host_overhead" if name == "full" else f"{name}_host_overhead", overhead, "of a step", "<= 0.1" * (name == "full"))]
 
@@ -66,8 +70,15 @@ def main() -> None:
         plain, compiled = (first_loss(step_config(dataset, folder / how, *FULL, f"compile={how}")) for how in ("off", "auto"))
         rounded = first_loss(step_config(dataset, folder / "rounded", *FULL, *BFLOAT16))
         rows = []
-        for name, overrides in (("structure", STRUCTURE_ONLY), ("full", FULL), ("bfloat16", (*FULL, *BFLOAT16))):
-            rows += figures(name, timed_steps(step_config(dataset, folder / name, *overrides), steps, 6), 1024)
+        kinds: list[tuple[str, tuple[str, ...], int]] = [
+            ("structure", STRUCTURE_ONLY, 1024),
+            ("full", FULL, 1024),
+            ("bfloat16", (*FULL, *BFLOAT16), 1024),
+        ]
+        if DEVICE.type == "cuda":
+            kinds += [(f"{name}_large", (*how, *LARGE), 16_384) for name, how, _ in kinds if name != "bfloat16"]
+        for name, overrides, queries in kinds:
+            rows += figures(name, timed_steps(step_config(dataset, folder / name, *overrides), steps, 6, DEVICE.type == "cuda"), queries)
     shapes = {"B": 1024, "N": 256, "D": 256, "chunk": 128, "entities": 15_000, "modalities": ["structure", *WIDTHS], "K": 3}
     parity = abs(plain - compiled) <= 1e-4 * abs(plain) and abs(plain - rounded) <= 2**-8 * abs(plain)
     finish("step", parity, rows, shapes=shapes, ceilings=ceilings(5))

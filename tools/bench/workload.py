@@ -87,20 +87,24 @@ class Timed:
     """Steps of the real loop.
 
     step_s: seconds from one step's begin to the next. phases: each phase's mean seconds a step. prepare_s: CPU seconds
-    of the background thread for one batch.
+    of the background thread for one batch. busy: share of the time that a GPU had work, None without one or unasked.
     """
 
     step_s: list[float]
     phases: dict[str, float]
     prepare_s: float
+    busy: float | None = None
 
 
-def timed_steps(config: Config, steps: int, warmup: int) -> Timed:
+def timed_steps(config: Config, steps: int, warmup: int, watch: bool = False) -> Timed:
     """Run the training loop as `train` does, monitor, prefetch and all; the first `warmup` steps are not counted.
 
     It is asked to stop in the step behind the last counted one, and its checkpoint is not counted. Callers hold
-    `communication` open around several runs: DeepSpeed does not start twice in one process otherwise.
+    `communication` open around several runs: DeepSpeed does not start twice in one process otherwise. With `watch`
+    as many steps follow in which a profiler notes what a GPU does; they count for nothing else.
     """
+    gpu = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if watch else None
+    last = warmup + (2 * steps if watch else steps)
     marks: list[float] = []
     before: dict[str, float] = {}
     after: dict[str, float] = {}
@@ -119,12 +123,33 @@ def timed_steps(config: Config, steps: int, warmup: int) -> Timed:
             elif len(marks) == warmup + steps + 1:
                 # Here and not at the end: the same steps as those that `marks` frame, so that phases add up to no more.
                 after.update(worker.timer.total)
-            return len(marks) > warmup + steps
+                if gpu is not None:
+                    torch.cuda.synchronize()
+                    gpu.start()
+            elif gpu is not None and len(marks) == last + 1:
+                torch.cuda.synchronize()
+                gpu.stop()
+            return len(marks) > last
 
         with suppress(Preempted):
             Training(config, worker, directory, stop, Hooks()).train()
         phases = {name: (total - before.get(name, 0.0)) / steps for name, total in after.items() if name != "checkpoint"}
-    return Timed(np.diff(marks[warmup:]).tolist(), phases, sum(prepared) / max(1, len(prepared)))
+    busy = None if gpu is None else busy_s(gpu) / (marks[last] - marks[warmup + steps])
+    return Timed(np.diff(marks[warmup : warmup + steps + 1]).tolist(), phases, sum(prepared) / max(1, len(prepared)), busy)
+
+
+def busy_s(gpu: torch.profiler.profile) -> float:
+    """Seconds in which anything ran on the GPU: kernels and copies of all streams, overlaps once."""
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in gpu.profiler.kineto_results.events()  # type: ignore[union-attr]
+        if str(event.device_type()).endswith("CUDA")
+    )
+    total, end = 0, 0
+    for start, stop in spans:
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total / 1e9
 
 
 def _count_time_of_prepare(worker: Worker) -> list[float]:
