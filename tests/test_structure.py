@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each may import those on lines above its own, and itself; `model` and `parallel` less than that.
 LAYERS = [
     {"errors"},
-    {"partition"},
+    {"partition", "compiled"},
     {"config"},
     {"data"},
     {"cluster"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"serving"},
     {"commands"},
 ]
-ONLY = {"model": {"errors"}, "parallel": {"errors", "partition"}}
+ONLY = {"model": {"errors", "compiled"}, "parallel": {"errors", "partition"}}
 OWNERS = {
     "webdataset": "data/shards.py",
     "ray.data": "encoders/pipeline.py",

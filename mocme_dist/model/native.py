@@ -1,26 +1,22 @@
 """Kernels in C++ where torch.compile stays far from the machine's limit; built once with the compiler at hand.
 
 A kernel is one .cpp file with C functions on plain pointers, called through ctypes: no torch headers, so it builds in
-about a second. The library is cached under a name that holds a hash of its text and flags: a change builds anew, and
-checkouts, versions and kinds of CPU never take each other's. Whoever calls a kernel has a torch path beside it: where
-there is no compiler `library` gives None.
+about a second (`compiled`). Whoever calls one has a torch path beside it: where there is no compiler `library` gives None.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mocme_dist.compiled import build, first_of
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +36,7 @@ def instruction_set() -> str:
 
 def compiler() -> str | None:
     """The C++ compiler, if there is one."""
-    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    return first_of("c++", "g++", "clang++")
 
 
 @cache
@@ -58,12 +54,11 @@ def library(source: Path, instructions: str | None = None) -> ctypes.CDLL | None
         return None
     include = Path(__file__).parent
     flags = (*_FLAGS, *_INSTRUCTIONS.get(instructions or instruction_set(), ()), f"-I{include}")
-    text = b"".join(path.read_bytes() for path in (source, *sorted(include.glob("*.h"))))
-    key = hashlib.sha256(repr((program, flags)).encode() + text).hexdigest()[:16]
     try:
-        return _load(source, [program, *flags, str(source)], f"{source.stem}-{key}.so")
-    except OSError as error:  # no folder to write in, or one whose libraries may not be run (noexec)
-        log.warning("%s: cannot be built or loaded, the torch path runs in its place: %s", source.name, error)
+        return build(source, program, flags, b"".join(path.read_bytes() for path in sorted(include.glob("*.h"))))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
+        log.warning("%s: cannot be built or loaded, the torch path runs in its place: %s", source.name, said)
         return None
 
 
@@ -88,33 +83,3 @@ def has_amx() -> bool:
     """Whether this process may multiply bfloat16 by AMX; the first call asks the system for it."""
     found = library(Path(__file__).with_name("amx.cpp"))
     return found is not None and bool(found.mocme_has_amx())
-
-
-def _load(source: Path, command: list[str], name: str) -> ctypes.CDLL | None:
-    """The library `name` of the cache, built by `command` where it is not there; None where that fails."""
-    built = _cache_directory() / name
-    if not built.exists():
-        # Built aside and renamed: ranks may build at once, and none must load half a file.
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=built.parent)
-        os.close(handle)
-        done = subprocess.run([*command, "-o", temporary], capture_output=True, text=True, check=False)
-        if done.returncode:
-            Path(temporary).unlink()
-            log.warning("%s: not built, the torch path runs in its place: %s", source.name, done.stderr.strip()[-500:])
-            return None
-        Path(temporary).replace(built)
-    return ctypes.CDLL(str(built))
-
-
-@cache
-def _cache_directory() -> Path:
-    """Beside torch's own caches in the user's home; a directory of this process where that cannot be written."""
-    path = Path(torch.hub.get_dir()).parent / "mocme_dist"
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # A library that others can write is code that others can run here.
-        if os.access(path, os.W_OK) and path.stat().st_uid == os.getuid() and not path.stat().st_mode & 0o022:
-            return path
-    except OSError:
-        log.info("%s cannot be made; kernels are built for this process alone", path)
-    return Path(tempfile.mkdtemp(prefix="mocme-native-"))

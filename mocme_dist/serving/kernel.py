@@ -8,13 +8,10 @@ some ten times slower. Nothing here imports torch: a query must answer sooner th
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -23,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mocme_dist.compiled import build, first_of
 
 log = logging.getLogger(__name__)
 
@@ -164,8 +163,8 @@ def _plain_nearest(
 class _Library:
     """scan.c, loaded."""
 
-    def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
         self.half = hasattr(self._library, "nearest_f16")
 
     def knows(self, rows: NDArray[Any]) -> bool:
@@ -205,31 +204,15 @@ def _address(array: NDArray[Any]) -> ctypes.c_void_p:
 @cache
 def _library() -> _Library | None:
     """The compiled kernel, built at the first call on this machine; None where it cannot be had."""
-    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    compiler = first_of("cc", "gcc", "clang")
     if compiler is None:
         log.info("no C compiler is found: queries run in numpy, some ten times slower")
         return None
     try:
-        return _Library(_built(compiler))
+        return _Library(build(_SOURCE, compiler, _FLAGS, _cpu()))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the query kernel cannot be built with %s (%s): queries run in numpy, some ten times slower", compiler, error)
         return None
-
-
-def _built(compiler: str) -> Path:
-    """The shared library of this source, these flags and this kind of CPU; made where it is not there yet."""
-    source = _SOURCE.read_bytes()
-    made_of = b"\0".join([source, " ".join(_FLAGS).encode(), str(Path(compiler).resolve()).encode(), _cpu()])
-    folder = _cache_folder()
-    path = folder / f"scan-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-    if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            made = Path(temporary) / "scan.so"
-            subprocess.run(
-                [compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-lm"], check=True, capture_output=True, text=True, timeout=120
-            )
-            made.replace(path)
-    return path
 
 
 def _cpu() -> bytes:
@@ -239,16 +222,3 @@ def _cpu() -> bytes:
         return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})).encode()
     except OSError:
         return f"{platform.machine()} {platform.processor()}".encode()
-
-
-def _cache_folder() -> Path:
-    """A folder that belongs to this user and nobody else may write: what lies in it is run."""
-    for folder in (Path("~/.cache/mocme_dist").expanduser(), Path(tempfile.gettempdir()) / f"mocme_dist-{os.getuid()}"):
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = folder.stat(follow_symlinks=False)
-            if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-                return folder
-        except (OSError, RuntimeError):
-            continue
-    raise OSError("no folder of this user's own can be written for it")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mocme_dist.compiled import cache_folder
 from mocme_dist.evaluation import counting
 from mocme_dist.evaluation.counting import count_native, count_tiles, native_kernels, pair_distances, target_distances
 from mocme_dist.model import native
@@ -102,8 +103,9 @@ def test_what_cannot_be_built_is_said_and_gives_nothing(tmp_path, caplog, monkey
     if native.compiler() is not None:
         with caplog.at_level(logging.WARNING):
             assert native.library(source) is None
-        assert "broken.cpp: not built" in caplog.text
-        assert not list(native._cache_directory().glob("broken*"))
+        assert "broken.cpp: cannot be built" in caplog.text
+        assert "error" in caplog.text  # the compiler's own words
+        assert not list(cache_folder().glob("broken*"))
     monkeypatch.setattr(native, "compiler", lambda: None)
     assert native.library(tmp_path / "none.cpp") is None
 
@@ -129,15 +131,14 @@ def _tile_targets(query_QD: Tensor, target_QD: Tensor, compiled: bool) -> Tensor
 def test_where_a_library_cannot_be_written_or_loaded_the_torch_form_runs(tmp_path, caplog, monkeypatch):
     if native.compiler() is None:
         pytest.skip("no C++ compiler")
-    for name, folder in (("absent", tmp_path / "absent"), ("noexec", tmp_path)):
+    for name, patch in (("absent", ("cache_folder", lambda: tmp_path / "absent")), ("noexec", ("ctypes.CDLL", _refuse))):
         source = tmp_path / f"{name}.cpp"
         source.write_text('extern "C" int one() { return 1; }\n')
-        monkeypatch.setattr(native, "_cache_directory", lambda folder=folder: folder)
-        if name == "noexec":
-            monkeypatch.setattr(native.ctypes, "CDLL", _refuse)
+        monkeypatch.setattr(f"mocme_dist.compiled.{patch[0]}", patch[1])
         with caplog.at_level(logging.WARNING):
             assert native.library(source) is None
         assert f"{name}.cpp: cannot be built or loaded" in caplog.text
+        monkeypatch.undo()
 
 
 def _refuse(path: str) -> None:

@@ -63,13 +63,6 @@ def test_without_a_compiler_numpy_answers(monkeypatch, caplog):
         kernel._library.cache_clear()
 
 
-def test_a_cache_that_others_may_write_is_not_used(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert kernel._cache_folder() == tmp_path / ".cache" / "mocme_dist"
-    (tmp_path / ".cache" / "mocme_dist").chmod(0o777)
-    assert kernel._cache_folder() != tmp_path / ".cache" / "mocme_dist"
-
-
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_what_a_query_leaves_out_never_comes_and_the_others_stand_as_in_a_full_list(dtype, compiled):
