@@ -52,6 +52,25 @@ def replayed_ms(function: Callable[[], object], times: int = 20, repeats: int = 
     return measure(graph.replay, 3, repeats)[0] / times
 
 
+def memory_mb(key: str) -> float:
+    """VmRSS (resident now), VmHWM (its peak) or RssFile of this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def peak_added_mb(step: Callable[[], object]) -> float:
+    """Peak memory in MB that a call adds to this process or, with one, its GPU; what it builds and warms up must be there already."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        step()
+        return torch.cuda.max_memory_allocated() / 2**20 - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
+    before = memory_mb("VmRSS")
+    step()
+    return memory_mb("VmHWM") - before
+
+
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Median and 90th percentile."""
     return statistics.median(values), statistics.quantiles(values, n=10)[-1] if len(values) > 1 else values[0]

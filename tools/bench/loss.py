@@ -10,13 +10,12 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from mocme_dist.model.loss import LossSettings, completion_loss
 from mocme_dist.model.pool import pool_distance
-from tools.bench.common import DEVICE, ceilings, finish, measure, replayed_ms, row
+from tools.bench.common import DEVICE, ceilings, finish, measure, peak_added_mb, replayed_ms, row
 
 
 def make_batch(queries: int, negatives: int, width: int, chunk: int) -> dict[str, torch.Tensor]:
@@ -61,35 +60,10 @@ def child(args: argparse.Namespace) -> None:
     """Measure this process's own peak around one call; the first call has compiled and warmed up on a small batch."""
     compiled = bool(args.child)
     batch = make_batch(args.queries, args.negatives, args.width, args.chunk)
-    if torch.cuda.is_available():
-        run(batch, compiled)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-        run(batch, compiled)
-        print(json.dumps(torch.cuda.max_memory_allocated() / 2**20 - before))
-        return
-    # The peak of a process never falls, so compilation must not set it: the compiled child compiles first, and its
-    # peak is read through the kernel's resettable high-water mark.
-    run(batch, compiled) if compiled else run(make_batch(args.chunk, 8, args.width, args.chunk), compiled)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = current_rss_mb()
-    run(batch, compiled)
-    print(json.dumps(high_water_mb() - before))
-
-
-def _status_mb(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-
-
-def current_rss_mb() -> float:
-    """Resident memory now, in MB."""
-    return _status_mb("VmRSS")
-
-
-def high_water_mb() -> float:
-    """Peak resident memory since the mark was last reset, in MB."""
-    return _status_mb("VmHWM")
+    # On a CPU eager code warms up on a small batch: what it keeps of a large one would hide its peak.
+    small = make_batch(args.chunk, 8, args.width, args.chunk) if DEVICE.type == "cpu" and not compiled else batch
+    run(small, compiled)
+    print(json.dumps(peak_added_mb(lambda: run(batch, compiled))))
 
 
 def kernel_rows(batch: dict[str, torch.Tensor], roots_per_s: float, name: str = "") -> list[dict[str, object]]:

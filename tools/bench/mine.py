@@ -15,9 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +24,7 @@ from torch import Tensor, nn
 from mocme_dist.cluster import keep_pages
 from mocme_dist.model.mine import Mine, pairs_between, pairs_within
 from mocme_dist.model.mocme import alone
-from tools.bench.common import DEVICE, finish, measure, row
-from tools.bench.loss import current_rss_mb, high_water_mb
+from tools.bench.common import DEVICE, finish, measure, peak_added_mb, row
 
 CLIP = 10.0
 
@@ -94,22 +91,8 @@ def clear(module: nn.Module) -> None:
         module.deviation_SD.fill_(1)
 
 
-def peak_of(step: Callable[[], object]) -> float:
-    """Peak memory in MB that one step adds to this process; the step before it has built and warmed up what it needs."""
-    step()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-        step()
-        return torch.cuda.max_memory_allocated() / 2**20 - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = current_rss_mb()
-    step()
-    return high_water_mb() - before
-
-
 def peak_extra_mb(args: argparse.Namespace, form: str) -> float:
-    """`peak_of` one form, in a process of its own."""
+    """Peak memory in MB that a step of one form adds, in a process of its own."""
     command = [sys.executable, "-m", "tools.bench.mine", "--child", form]
     for name in ("rows", "modalities", "experts", "width", "hidden"):
         command += [f"--{name}", str(getattr(args, name))]
@@ -168,7 +151,8 @@ def main() -> None:
     if args.child:
         # The first call builds kernels and warms up; the kernel's mark of the peak is then reset.
         step = loop if args.child == "loop" else lambda: batched(args.child)
-        print(json.dumps(peak_of(step)))
+        step()
+        print(json.dumps(peak_added_mb(step)))
         return
     keep_pages()  # as a training process does
     expected, parity = loop(), True

@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tools.bench.common import memory_mb
+
 TIMEOUT_S = 900
 
 
@@ -74,12 +76,6 @@ def measure_ranks(
             if process.returncode:
                 raise RuntimeError(f"rank {rank}: exit code {process.returncode}: {Path(f'{folder}/{rank}.log').read_text()[-2000:]}")
     return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
-
-
-def memory_mb(key: str) -> float:
-    """VmRSS, VmHWM or RssFile of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def run_rank(args: argparse.Namespace) -> dict[str, Any]:
