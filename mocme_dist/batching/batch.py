@@ -134,14 +134,14 @@ class BatchMaker:
         """(G, b, N) True where the pool's entity is a known answer of the query, its own target included."""
         G, b = source_Gb.shape
         known_GbN = np.zeros((G, b, pool_GN.shape[1]), dtype=bool)
+        offsets, targets = self.known.lookup(source_Gb.ravel(), relation_Gb.ravel(), direction_Gb.ravel())
         for g in range(G):
-            offsets, targets = self.known.lookup(source_Gb[g], relation_Gb[g], direction_Gb[g])
-            pool = pool_GN[g]
+            starts, pool = offsets[g * b : (g + 1) * b + 1], pool_GN[g]
             # A table of the pool's places answers all queries of the chunk in one pass; ids drawn twice share a place.
             self._slots[pool] = np.arange(len(pool))
-            slot = self._slots[targets]
+            slot = self._slots[targets[starts[0] : starts[-1]]]
             hit = slot >= 0
-            query = np.repeat(np.arange(b), np.diff(offsets))
+            query = np.repeat(np.arange(b), np.diff(starts))
             known_GbN[g, query[hit], slot[hit]] = True
             known_GbN[g] = known_GbN[g][:, self._slots[pool]]
             self._slots[pool] = -1

@@ -8,10 +8,12 @@ any rank can start at any step, and resuming is arithmetic.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 _ROUNDS = 6
+_BLOCK_STEPS = 8
 
 
 def mix64(value: np.ndarray) -> np.ndarray:
@@ -80,9 +82,18 @@ class QuerySampler:
     def queries(self, step: int) -> np.ndarray:
         """(n,) query numbers of `step`, n <= batch_size; every epoch of steps holds each number once."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        first = within * self.batch_size
-        last = min(first + self.batch_size, self.num_queries)
-        return permute(np.arange(first, last), self.num_queries, key64(self.seed, 1, epoch))
+        block, place = divmod(within, _BLOCK_STEPS)
+        return _block(self, epoch, block)[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+@lru_cache(maxsize=2)
+def _block(sampler: QuerySampler, epoch: int, block: int) -> np.ndarray:
+    """The queries of _BLOCK_STEPS steps: a walk of few numbers takes as long as one of many."""
+    size = _BLOCK_STEPS * sampler.batch_size
+    positions = np.arange(block * size, min((block + 1) * size, sampler.num_queries))
+    queries = permute(positions, sampler.num_queries, key64(sampler.seed, 1, epoch))
+    queries.flags.writeable = False
+    return queries
 
 
 def negative_pool(seed: int, step: int, chunk: int, count: int, num_entities: int) -> np.ndarray:

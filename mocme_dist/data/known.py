@@ -102,7 +102,7 @@ class KnownAnswers:
         offsets = np.zeros(len(wanted) + 1, dtype=np.int64)
         if len(wanted) == 0 or len(self.keys) == 0:
             return offsets, np.empty(0, dtype=np.int64)
-        place = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        place = _places(self.keys, wanted)
         found = self.keys[place] == wanted
         start = self.offsets[place]
         length = np.where(found, self.offsets[place + 1] - start, 0)
@@ -110,6 +110,20 @@ class KnownAnswers:
         # One flat gather: the j-th answer of query q sits at start[q] + j.
         index = np.repeat(start - offsets[:-1], length) + np.arange(offsets[-1])
         return offsets, np.asarray(self.targets[index])
+
+
+def _places(ascending: Integers, wanted: Integers) -> Integers:
+    """(Q,) where each number stands among the ascending ones, or would; the last place for those behind all.
+
+    np.searchsorted waits for memory at each turn of each search; here all searches turn together and wait at once, which
+    for a large table is several times as fast.
+    """
+    place, left = np.zeros(len(wanted), dtype=np.int64), len(ascending)
+    while left > 1:
+        half = left // 2
+        place += half * (ascending[place + (half - 1)] < wanted)
+        left -= half
+    return place + ((ascending[place] < wanted) & (place < len(ascending) - 1))
 
 
 def load_integers(path: Path) -> Integers:
@@ -126,7 +140,7 @@ def load_integers(path: Path) -> Integers:
         raise DataError(f"{path.absolute()}: not a whole .npy file of numbers ({error}); pack the data set again") from None
     if not isinstance(array, np.ndarray) or array.dtype != np.int64:
         raise DataError(f"{path.absolute()}: expected an int64 array; pack the data set again")
-    return array
+    return np.asarray(array)  # a plain array on the same map: indexing a memmap costs microseconds
 
 
 def _sorted_pairs(key: Integers, target: Integers) -> tuple[Integers, Integers]:

@@ -69,3 +69,13 @@ def test_negative_pools_are_uniform_and_differ_by_seed_step_and_chunk():
     assert len(drawn) == 40
     # 39 degrees of freedom; 99.99 % of such sums lie under 82.
     assert ((drawn - 1000.0) ** 2 / 1000).sum() < 82
+
+
+@pytest.mark.parametrize("num_triples", [3, 70, 1000])
+def test_steps_are_slices_of_one_permutation_however_they_are_asked_for(num_triples):
+    sampler = QuerySampler(num_triples, 32, 5)
+    for epoch in (0, 1):
+        whole = permute(np.arange(2 * num_triples), 2 * num_triples, key64(5, 1, epoch))
+        for within in reversed(range(sampler.steps_per_epoch)):
+            found = sampler.queries(epoch * sampler.steps_per_epoch + within)
+            assert np.array_equal(found, whole[within * 32 : (within + 1) * 32])

@@ -18,7 +18,7 @@ def test_opened_data_set_fits_its_manifest(tiny_dataset):
     assert dataset.relation_names() == ["after", "kind", "near", "part_of"]
     for split in ("train", "valid", "test"):
         triples = dataset.triples(split)
-        assert isinstance(triples, np.memmap) and triples.dtype == np.int64 and triples.shape == (dataset.manifest["splits"][split], 3)
+        assert isinstance(triples.base, np.memmap) and triples.dtype == np.int64 and triples.shape == (dataset.manifest["splits"][split], 3)
     assert len(dataset.known("train").targets) == 2 * len(dataset.triples("train"))
     assert len(dataset.known("all").targets) == 2 * sum(dataset.manifest["splits"].values())
     ids = [sample.id for shard in range(4) for sample in dataset.read_samples(shard, 1 << 20)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mocme_dist.data.known import KnownAnswers
+from mocme_dist.data.known import KnownAnswers, _places
 from mocme_dist.errors import DataError, ShapeError
 
 
@@ -57,7 +57,7 @@ def test_saved_table_answers_alike(tmp_path):
     known = KnownAnswers.build(triples, 5)
     known.save(tmp_path, "train")
     loaded = KnownAnswers.load(tmp_path, "train", 5)
-    assert isinstance(loaded.targets, np.memmap)
+    assert isinstance(loaded.targets.base, np.memmap)
     source, relation, direction = triples[:, 0], triples[:, 1], np.zeros(200, int)
     for one, other in zip(known.lookup(source, relation, direction), loaded.lookup(source, relation, direction), strict=True):
         assert np.array_equal(one, other)
@@ -89,3 +89,10 @@ def test_damaged_tables_are_named(tmp_path):
     keys.unlink()
     with pytest.raises(DataError, match="file not found"):
         KnownAnswers.load(tmp_path, "all", 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000])
+def test_searching_all_at_once_finds_what_a_search_each_finds(size):
+    ascending = np.sort(np.random.default_rng(size).choice(5 * size, size, replace=False)).astype(np.int64)
+    wanted = np.concatenate([ascending, ascending + 1, [-5, 6 * size]])
+    assert np.array_equal(_places(ascending, wanted), np.minimum(np.searchsorted(ascending, wanted), size - 1))
