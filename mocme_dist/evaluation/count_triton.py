@@ -1,10 +1,15 @@
 """How many rows stand before a query's target, on CUDA: what count.cpp does on a CPU, in Triton.
 
-No distance is stored: a tile of queries stays in registers, rows pass by it and are compared and counted. The distance of a
-pair is the same sum over the same tile by either kernel, so equal vectors tie, bit for bit.
+No distance is stored: a tile of queries stays in registers, rows pass by it and are compared and counted. Equal vectors tie,
+bit for bit, if both kernels add a pair's numbers in one order. The compiler chooses that order, by the shape of the loads
+and by what it knows of addresses and sizes: so both kernels are the same loop, and neither is told more than the other
+(`do_not_specialize`, `_aligned`). `kernels_agree` sees whether it worked.
 """
 
 from __future__ import annotations
+
+import logging
+from functools import cache
 
 import torch
 import triton
@@ -13,10 +18,12 @@ from torch import Tensor
 
 from mocme_dist.model.pool_triton import load_complex, sum_of_moduli, tile_of
 
+log = logging.getLogger(__name__)
+
 _TURNS, _UNROLL = 64, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "r"])
 def _count_kernel(  # type: ignore[no-untyped-def]
     query_QD,
     target_Q,
@@ -50,35 +57,68 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     tl.atomic_add(counts_2Q + Q + at_Q, equal_Q, at_Q < Q)
 
 
-@triton.jit
-def _pairs_kernel(query_QD, rows_rD, query_P, row_P, out_P, P, C, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    at_P, at_C = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)[None, :]
-    place_P = tl.minimum(at_P, P - 1)
-    query, row = tl.load(query_P + place_P), tl.load(row_P + place_P)
-    query_real, query_imag = load_complex(query_QD + query[:, None] * 2 * C, C, at_C, EVEN)
-    row_real, row_imag = load_complex(rows_rD + row[:, None] * 2 * C, C, at_C, EVEN)
-    tl.store(out_P + at_P, sum_of_moduli(query_real, query_imag, row_real, row_imag), at_P < P)
+@triton.jit(do_not_specialize=["P"])
+def _pairs_kernel(  # type: ignore[no-untyped-def]
+    query_QD,
+    rows_rD,
+    query_P,
+    row_P,
+    out_P,
+    P,
+    C,
+    UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    # Each row passes by the queries of the whole tile though one of them asks: pairs are few, and a sum of another shape is another sum.
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at_P, at_C = first + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)[None, :]
+    place_Q = tl.load(query_P + tl.minimum(at_P, P - 1))
+    query_real, query_imag = load_complex(query_QD + place_Q[:, None] * 2 * C, C, at_C, EVEN)
+    for turn in tl.range(first, min(first + BLOCK, P), loop_unroll_factor=UNROLL):
+        row_real, row_imag = load_complex(rows_rD + tl.load(row_P + turn) * 2 * C, C, at_C, EVEN)
+        tl.store(out_P + at_P, sum_of_moduli(query_real, query_imag, row_real, row_imag), at_P == turn)
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """In one piece that begins at a multiple of 16 bytes, as whole tensors do."""
+    value = value.contiguous()
+    return value if value.data_ptr() % 16 == 0 else value.clone()
 
 
 def count_rows(query_QD: Tensor, target_Q: Tensor, rows_rD: Tensor) -> Tensor:
     """(2, Q) int64: rows nearer to each query than its target, and rows as near; on CUDA."""
-    query_QD, rows_rD = query_QD.float().contiguous(), rows_rD.float().contiguous()
+    query_QD, rows_rD, target_Q = _aligned(query_QD.float()), _aligned(rows_rD.float()), _aligned(target_Q)
     Q, (r, D) = len(query_QD), rows_rD.shape
     counts_2Q = torch.zeros(2, Q, dtype=torch.int32, device=rows_rD.device)
     if Q and r:
         tile = tile_of(D // 2)
         grid = (triton.cdiv(Q, tile["BLOCK"]) * triton.cdiv(r, _TURNS),)
-        _count_kernel[grid](query_QD, target_Q.contiguous(), rows_rD, counts_2Q, Q, r, D // 2, TURNS=_TURNS, UNROLL=_UNROLL, **tile)
+        _count_kernel[grid](query_QD, target_Q, rows_rD, counts_2Q, Q, r, D // 2, TURNS=_TURNS, UNROLL=_UNROLL, **tile)
     return counts_2Q.long()
 
 
 def pair_distances(query_QD: Tensor, rows_rD: Tensor, query_P: Tensor, row_P: Tensor) -> Tensor:
     """(P,) distances of pairs of a query and a row, bit for bit those that `count_rows` compares."""
-    query_QD, rows_rD = query_QD.float().contiguous(), rows_rD.float().contiguous()
-    query_P, row_P, D = query_P.contiguous(), row_P.contiguous(), query_QD.shape[1]
+    query_QD, rows_rD = _aligned(query_QD.float()), _aligned(rows_rD.float())
+    query_P, row_P, D = _aligned(query_P), _aligned(row_P), query_QD.shape[1]
     out_P = query_QD.new_empty(len(query_P))
     if len(out_P):
         tile = tile_of(D // 2)
         grid = (triton.cdiv(len(out_P), tile["BLOCK"]),)
-        _pairs_kernel[grid](query_QD, rows_rD, query_P, row_P, out_P, len(out_P), D // 2, **tile)
+        _pairs_kernel[grid](query_QD, rows_rD, query_P, row_P, out_P, len(out_P), D // 2, UNROLL=_UNROLL, **tile)
     return out_P
+
+
+@cache
+def kernels_agree(width: int, device: torch.device) -> bool:
+    """Whether vectors of this width tie with themselves: another version of the compiler may have other ideas."""
+    gen = torch.Generator().manual_seed(0)
+    query_QD, rows_rD = (torch.randn(64, width, generator=gen).to(device) for _ in range(2))
+    each = torch.arange(64, device=device)
+    counts_2Q = count_rows(query_QD, pair_distances(query_QD, rows_rD, each, each), rows_rD)
+    agree = bool((counts_2Q[1] >= 1).all())
+    if not agree:
+        log.warning("Triton %s gives a pair of vectors of width %d two distances: ranking without its kernels", triton.__version__, width)
+    return agree

@@ -29,7 +29,7 @@ def target_distances(query_QD: Tensor, target_QD: Tensor, tile_rows: int, compil
         each_Q = torch.arange(len(query_QD))
         return pair_distances(query_QD, target_QD, each_Q, each_Q, kernels)
     if _has_gpu_kernels(query_QD, compiled):
-        from mocme_dist.evaluation import count_triton  # there is no Triton beside torch's CPU build
+        from mocme_dist.evaluation import count_triton
 
         each_Q = torch.arange(len(query_QD), device=query_QD.device)
         return count_triton.pair_distances(query_QD, target_QD, each_Q, each_Q)
@@ -63,7 +63,11 @@ def _kernels_for(query_QD: Tensor, compiled: bool) -> ctypes.CDLL | None:
 
 
 def _has_gpu_kernels(query_QD: Tensor, compiled: bool) -> bool:
-    return compiled and query_QD.device.type == "cuda" and has_kernels("cuda")
+    if not (compiled and query_QD.device.type == "cuda" and has_kernels("cuda")):
+        return False
+    from mocme_dist.evaluation import count_triton  # there is no Triton beside torch's CPU build
+
+    return count_triton.kernels_agree(query_QD.shape[1], query_QD.device)
 
 
 def native_kernels(instructions: str | None = None) -> ctypes.CDLL | None:

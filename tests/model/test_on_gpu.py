@@ -119,13 +119,37 @@ def test_counts_equal_those_of_whole_distances_and_equal_vectors_tie(width):
     assert (found == expected).float().mean() > 0.97
 
 
-def test_a_pair_has_the_same_distance_in_a_count_and_alone():
-    """Each query's target stands among the rows: it is as near as itself, whatever the place."""
-    rows, query = normal(5003, 256).cuda(), normal(257, 256, seed=1).cuda()
-    target = torch.randperm(5003, generator=torch.Generator().manual_seed(0))[:257].cuda()
-    bound = target_distances(query, rows[target], 1024, True)
-    found = count(query, bound, rows, NOBODY.cuda(), NOBODY.cuda(), 1024, True)
-    assert (found[1] >= 1).all()
+WIDTHS = [2, 4, 6, 10, 16, 32, 34, 50, 62, 64, 66, 100, 128, 130, 200, 256, 300, 512, 1000, 1026]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_pair_has_the_same_distance_in_a_count_and_alone(width):
+    """Each query's target stands among the rows: it is as near as itself, whatever the place, the numbers of both and where they lie."""
+    all_rows, all_queries = normal(5004, width).cuda(), normal(258, width, seed=1).cuda()
+    for Q, r, first in ((257, 5003, 0), (256, 4096, 1), (1, 5003, 1), (1, 1, 0), (7, 1, 1)):
+        rows, query = all_rows[first : first + r], all_queries[first : first + Q]
+        target = torch.randperm(5003, generator=torch.Generator().manual_seed(0))[:Q].cuda() % r
+        bound = target_distances(query, rows[target], 1024, True)
+        found = count(query, bound, rows, NOBODY.cuda(), NOBODY.cuda(), 1024, True)
+        assert (found[1] >= 1).all() and (found[0] < r).all(), (Q, r, first)
+        row, asker = target.sort()
+        left_out = count(query, bound, rows, asker, row, 1024, True)
+        assert torch.equal(left_out[1], found[1] - 1) and torch.equal(left_out[0], found[0]), (Q, r, first)
+
+
+def test_the_kernels_of_a_count_agree_and_nobody_counts_with_those_that_do_not(monkeypatch):
+    from mocme_dist.evaluation import count_triton
+
+    assert all(count_triton.kernels_agree(width, torch.device("cuda", 0)) for width in WIDTHS)
+    alone = count_triton.pair_distances
+    monkeypatch.setattr(count_triton, "pair_distances", lambda *args: alone(*args) * (1 + 1e-6))
+    assert not count_triton.kernels_agree.__wrapped__(64, torch.device("cuda", 0))
+    monkeypatch.setattr(count_triton, "kernels_agree", lambda *_: False)
+    rows, query = normal(300, 64).cuda(), normal(20, 64, seed=1).cuda()
+    bound = target_distances(query, rows[:20], 64, True)
+    assert torch.equal(
+        count(query, bound, rows, NOBODY.cuda(), NOBODY.cuda(), 64, True)[1], torch.ones(20, dtype=torch.int64, device="cuda")
+    )
 
 
 def test_a_query_that_is_not_finite_ranks_last():
