@@ -8,6 +8,8 @@ notice at once. `join` finds out whether all ranks are on one machine; where the
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import itertools
 import logging
 import mmap
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # What a slot's file has from the beginning; pages that nobody has touched take no memory.
 _SMALLEST = 1 << 20
+# The longest that poll can wait, in milliseconds: 24 days.
+_LONGEST_MS = 2**31 - 1
 # Parts begin at multiples of this, so that numbers of any type may begin there, in a cache line of their own.
 _ALIGN = 64
 # Where a part begins, its size, the size of the slot's file. Short enough for a pipe to take and to give it whole.
@@ -48,10 +52,12 @@ class _Offer(NamedTuple):
 class _Slot:
     """A memory file and its bytes as a tensor; the rank that owns it makes it larger, the others follow."""
 
-    def __init__(self, file: FileIO) -> None:
+    def __init__(self, file: FileIO, own: bool) -> None:
+        """Seen from the beginning, while ranks can still do without: a view takes a file descriptor of its own."""
         self.file = file
         with torch.inference_mode(False):
             self.bytes = torch.empty(0, dtype=torch.uint8)
+        (self.grow if own else self.follow)(_SMALLEST)
 
     def grow(self, size: int) -> None:
         """Make room for `size` bytes at least; what lies there need not stay."""
@@ -146,7 +152,7 @@ class SharedSwap:
     def _hear(self, rank: int, inbox: FileIO) -> bytes:
         poll = select.poll()
         poll.register(inbox, select.POLLIN)
-        if not poll.poll(1e3 * self._timeout_s):
+        if not poll.poll(min(1e3 * self._timeout_s, _LONGEST_MS)):
             raise RankError(f"rank {self.rank}: timed out waiting for rank {rank}: it sent nothing for {self._timeout_s:g} s")
         message = inbox.read(_MESSAGE.size)
         if not message:
@@ -195,18 +201,35 @@ def _offer(rank: int, world_size: int, files: ExitStack) -> _Own | None:
         if sys.platform != "linux":
             raise OSError("memory files without a name are of Linux")
         name = f"mocme-{secrets.token_hex(16)}"  # no other file of this machine, or of another, is called so
-        slots = [files.enter_context(FileIO(os.memfd_create(f"{name}-{turn}"), "r+")) for turn in range(2)]
+        slots = [_Slot(files.enter_context(FileIO(_memory_file(f"{name}-{turn}"), "r+")), own=True) for turn in range(2)]
         inboxes: list[FileIO | None] = []
         offered: list[tuple[int, str]] = []
         for other in range(world_size):
             pair = os.pipe() if other != rank else None
             inboxes.append(None if pair is None else files.enter_context(FileIO(pair[0], "r")))
             offered.append((0, "") if pair is None else _link(ends.enter_context(FileIO(pair[1], "w"))))
+        offer = _Offer(os.getpid(), [_link(slot.file) for slot in slots], offered)
     except OSError as error:
         log.debug("rank %d: no shared memory: %s", rank, error)
         return None
-    offer = _Offer(os.getpid(), [_link(slot) for slot in slots], offered)
-    return _Own(offer, [_Slot(slot) for slot in slots], inboxes, ends)
+    return _Own(offer, slots, inboxes, ends)
+
+
+def _memory_file(name: str) -> int:
+    """Descriptor of a new memory file, closed on exec.
+
+    A Python that was built for an old glibc, as conda's and uv's are, has no `os.memfd_create`, though the system has it.
+
+    Raises:
+        OSError: the system has no such thing, or refuses it.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    create = getattr(ctypes.CDLL(None, use_errno=True), "memfd_create", None)
+    found = -1 if create is None else int(create(name.encode(), 1))  # MFD_CLOEXEC
+    if found < 0:
+        raise OSError(ctypes.get_errno() or errno.ENOSYS, "memfd_create")
+    return found
 
 
 def _link(file: FileIO) -> tuple[int, str]:
@@ -220,7 +243,7 @@ def _accept(rank: int, offers: list[_Offer], files: ExitStack) -> tuple[list[lis
     try:
         for other, offer in enumerate(offers):
             opened = None if other == rank else [files.enter_context(_open(offer.pid, *slot, "r+")) for slot in offer.slots]
-            slots.append(None if opened is None else [_Slot(file) for file in opened])
+            slots.append(None if opened is None else [_Slot(file, own=False) for file in opened])
             outboxes.append(None if other == rank else files.enter_context(_open(offer.pid, *offer.inboxes[rank], "w")))
     except OSError as error:
         log.debug("rank %d: no shared memory with rank %d: %s", rank, other, error)

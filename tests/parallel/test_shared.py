@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -139,7 +140,7 @@ def check_refusals(comm: Comm) -> None:
         return shared_open(2**22 + 1, fd, link, mode)  # there is never such a process
 
     shared_open = shared._open
-    for name, fault in (("_open", another), ("_open", no_process), ("_open", refused), ("_link", refused)):
+    for name, fault in (("_open", another), ("_open", no_process), ("_open", refused), ("_link", refused), ("_memory_file", refused)):
         original = getattr(shared, name)
         if comm.rank == last:
             setattr(shared, name, fault)
@@ -162,6 +163,60 @@ def check_refusals(comm: Comm) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_where_one_rank_cannot_share_none_does(run_ranks, world):
     run_ranks(world, check_refusals)
+
+
+def check_old_python(comm: Comm) -> None:
+    """The last rank's Python was built on an old glibc; then its system is as old."""
+    before, create = open_files(), os.memfd_create
+    if comm.rank == comm.world_size - 1:
+        del os.memfd_create
+    try:
+        swap = join(comm.rank, comm.world_size, 60, gather)
+        assert swap is not None and swap.sum(torch.ones(3)).tolist() == [comm.world_size] * 3
+        swap.close()
+        del swap
+        assert open_files() == before
+
+        class Libc:
+            """It has nothing."""
+
+            def __init__(self, *_: object, **__: object) -> None:
+                pass
+
+        found, shared.ctypes.CDLL = shared.ctypes.CDLL, Libc  # type: ignore[misc, assignment]
+        assert (join(comm.rank, comm.world_size, 60, gather) is None) == (comm.world_size > 1)
+        shared.ctypes.CDLL = found  # type: ignore[misc]
+        assert open_files() == before
+    finally:
+        os.memfd_create = create
+
+
+def test_a_python_of_an_old_glibc_shares_memory_where_its_system_has_it(run_ranks):
+    run_ranks(2, check_old_python)
+
+
+def check_few_files(comm: Comm) -> None:
+    """However few files the last rank may open: either it has all that it needs from the beginning, or all ranks do without."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    joined = []
+    for more in range(24):
+        if comm.rank == comm.world_size - 1:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(fd) for fd in os.listdir("/proc/self/fd")) + more, allowed[1]))
+        try:
+            swap = join(comm.rank, comm.world_size, 60, gather)
+            joined.append(swap is not None)
+            for _ in range(2 if swap is not None else 0):
+                assert swap.sum(torch.ones(3)).tolist() == [comm.world_size] * 3
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+        if swap is not None:
+            swap.close()
+        del swap
+    assert joined == sorted(joined) and set(joined) == {False, True}
+
+
+def test_who_may_open_too_few_files_knows_it_before_the_first_turn(run_ranks):
+    run_ranks(2, check_few_files)
 
 
 def lose_a_rank(comm: Comm, folder: Path) -> None:
@@ -192,6 +247,12 @@ def test_a_rank_that_is_killed_is_missed_at_once(run_ranks, tmp_path):
 
 
 def wait_for_a_rank(comm: Comm) -> None:
+    swap = join(comm.rank, comm.world_size, 10**9, gather)
+    assert swap is not None
+    if comm.rank == 1:
+        time.sleep(0.1)
+    assert swap.sum(torch.ones(1)).item() == 2  # more seconds than poll takes milliseconds
+    swap.close()
     swap = join(comm.rank, comm.world_size, 0.3, gather)
     assert swap is not None
     if comm.rank == 0:
