@@ -112,9 +112,9 @@ def has_kernels(device_type: str) -> bool:
 def _kernels_of(device_type: str) -> Callable[[Tensor, Tensor], Tensor]:
     if device_type == "cpu":
         return _native_distance
-    from mocme_dist.model.pool_triton import distance_to_pool  # there is no Triton beside torch's CPU build
+    from mocme_dist.model.pool_triton import distance_to_pools  # there is no Triton beside torch's CPU build
 
-    return distance_to_pool
+    return distance_to_pools
 
 
 @cache

@@ -27,6 +27,8 @@ _TURNS, _UNROLL = 32, 1
 _PULL_ROWS, _PULL_COLUMNS, _PULL_UNROLL = 4, 128, 2
 # Programs enough to fill a GPU; with fewer, sums are made in parts.
 _PROGRAMS, _PARTS = 2048, 8
+# The axis of groups ends here on every GPU.
+_GROUPS = 65_535
 
 
 @triton.jit
@@ -168,3 +170,11 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> Non
 
 
 distance_to_pool.register_autograd(lambda ctx, slope_GbN: pull(*ctx.saved_tensors, slope_GbN), setup_context=_save_inputs)
+
+
+def distance_to_pools(query_GbD: Tensor, pool_GND: Tensor) -> Tensor:
+    """`distance_to_pool` of any number of groups: a large batch with a pool for each query has more than one launch takes."""
+    if len(query_GbD) <= _GROUPS:
+        return distance_to_pool(query_GbD, pool_GND)
+    parts = zip(query_GbD.split(_GROUPS), pool_GND.split(_GROUPS), strict=True)
+    return torch.cat([distance_to_pool(query_gbD, pool_gND) for query_gbD, pool_gND in parts])

@@ -57,6 +57,13 @@ def test_kernels_equal_the_plain_form_in_float64(shape):
         near(ours, theirs)
 
 
+def test_there_may_be_more_groups_than_a_launch_takes():
+    G = 65_537
+    query, pool, slope = normal(G, 1, 4).cuda(), normal(G, 3, 4, seed=1).cuda(), normal(G, 1, 3, seed=2).cuda()
+    for ours, plain in zip(gradients(query, pool, slope, True), gradients(query, pool, slope, False), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_kernels_pass_on_what_is_not_finite():
     query, pool = normal(1, 3, 8).cuda(), normal(1, 4, 8, seed=1).cuda()
     query[0, 1, 2], pool[0, 2, 5] = torch.nan, torch.inf
