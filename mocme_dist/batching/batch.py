@@ -17,12 +17,20 @@ from torch import Tensor
 
 from mocme_dist.batching.sampler import QuerySampler, negative_pool
 
+# A query with so many times as many answers as its pool has entities is a hub's: a search for each entity costs less.
+_HUB = 16
+
 
 class Answers(Protocol):
     """What the masks need of a set of known answers (data/known.py has it)."""
 
-    def lookup(self, source: np.ndarray, relation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets (Q + 1,) and flat targets of Q queries."""
+    targets: np.ndarray
+
+    def spans(self, source: np.ndarray, relation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the ascending answers of Q queries start in `targets`, and how many there are."""
+
+    def gather(self, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """The targets of spans, one after another."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +142,22 @@ class BatchMaker:
         """(G, b, N) True where the pool's entity is a known answer of the query, its own target included."""
         G, b = source_Gb.shape
         known_GbN = np.zeros((G, b, pool_GN.shape[1]), dtype=bool)
-        offsets, targets = self.known.lookup(source_Gb.ravel(), relation_Gb.ravel(), direction_Gb.ravel())
-        for g in range(G):
-            starts, pool = offsets[g * b : (g + 1) * b + 1], pool_GN[g]
+        spans = self.known.spans(source_Gb.ravel(), relation_Gb.ravel(), direction_Gb.ravel())
+        start_Gb, length_Gb = (part.reshape(G, b) for part in spans)
+        # Where a hub is asked for, the pool is looked for among its answers: they would fill the memory, once for each query.
+        hub_Gb = length_Gb > _HUB * pool_GN.shape[1]
+        short_Gb = np.where(hub_Gb, 0, length_Gb)
+        for g in range(G):  # a chunk at a time, for the same reason
+            pool = pool_GN[g]
             # A table of the pool's places answers all queries of the chunk in one pass; ids drawn twice share a place.
             self._slots[pool] = np.arange(len(pool))
-            slot = self._slots[targets[starts[0] : starts[-1]]]
+            slot = self._slots[self.known.gather(start_Gb[g], short_Gb[g])]
             hit = slot >= 0
-            query = np.repeat(np.arange(b), np.diff(starts))
+            query = np.repeat(np.arange(b), short_Gb[g])
             known_GbN[g, query[hit], slot[hit]] = True
             known_GbN[g] = known_GbN[g][:, self._slots[pool]]
             self._slots[pool] = -1
+            for q in np.flatnonzero(hub_Gb[g]):
+                answers = self.known.targets[start_Gb[g, q] : start_Gb[g, q] + length_Gb[g, q]]
+                known_GbN[g, q] = answers[np.minimum(np.searchsorted(answers, pool), len(answers) - 1)] == pool
         return known_GbN

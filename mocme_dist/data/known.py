@@ -83,33 +83,44 @@ class KnownAnswers:
     def lookup(self, source_Q: ArrayLike, relation_Q: ArrayLike, direction_Q: ArrayLike) -> tuple[Integers, Integers]:
         """Known targets of Q queries.
 
-        Args:
-            source_Q: (Q,) entity ids; numbers or CPU tensors.
-            relation_Q: (Q,) relation ids.
-            direction_Q: (Q,) 0 for tail queries, 1 for head queries.
+        Args: see `spans`.
 
         Returns:
             offsets (Q + 1,) and targets: those of query q are targets[offsets[q]:offsets[q + 1]], ascending; none
             when the query is unknown.
 
         Raises:
+            ShapeError: see `spans`.
+        """
+        start, length = self.spans(source_Q, relation_Q, direction_Q)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(length)]), self.gather(start, length)
+
+    def spans(self, source_Q: ArrayLike, relation_Q: ArrayLike, direction_Q: ArrayLike) -> tuple[Integers, Integers]:
+        """Where in `targets` the answers of Q queries start, and how many there are; a hub has as many as there are entities.
+
+        Args:
+            source_Q: (Q,) entity ids; numbers or CPU tensors.
+            relation_Q: (Q,) relation ids.
+            direction_Q: (Q,) 0 for tail queries, 1 for head queries.
+
+        Raises:
             ShapeError: a relation or direction lies outside its range, where keys of two queries would meet.
         """
         relation, direction = np.asarray(relation_Q, dtype=np.int64), np.asarray(direction_Q, dtype=np.int64)
         if np.any((relation < 0) | (relation >= self.num_relations)) or np.any((direction < 0) | (direction > 1)):
-            raise ShapeError(f"KnownAnswers.lookup: expected relations in [0, {self.num_relations}) and directions 0 or 1")
+            raise ShapeError(f"KnownAnswers: expected relations in [0, {self.num_relations}) and directions 0 or 1")
         wanted = query_keys(source_Q, relation, direction, self.num_relations)
-        offsets = np.zeros(len(wanted) + 1, dtype=np.int64)
         if len(wanted) == 0 or len(self.keys) == 0:
-            return offsets, np.empty(0, dtype=np.int64)
+            return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
         place = _places(self.keys, wanted)
-        found = self.keys[place] == wanted
-        start = self.offsets[place]
-        length = np.where(found, self.offsets[place + 1] - start, 0)
-        np.cumsum(length, out=offsets[1:])
+        start = np.asarray(self.offsets[place])
+        return start, np.where(self.keys[place] == wanted, self.offsets[place + 1] - start, 0)
+
+    def gather(self, start_Q: Integers, length_Q: Integers) -> Integers:
+        """The targets of these spans, one after another."""
         # One flat gather: the j-th answer of query q sits at start[q] + j.
-        index = np.repeat(start - offsets[:-1], length) + np.arange(offsets[-1])
-        return offsets, np.asarray(self.targets[index])
+        before = np.cumsum(length_Q) - length_Q
+        return np.asarray(self.targets[np.repeat(start_Q - before, length_Q) + np.arange(length_Q.sum())])
 
 
 def _places(ascending: Integers, wanted: Integers) -> Integers:

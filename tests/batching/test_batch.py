@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,32 @@ def test_one_vs_all_takes_every_entity_once_and_masks_what_is_known(world):
             seen.append((source, relation, sign, target))
     plain = [row[:4] for row in rows(maker(0, 1).make(2))]
     assert sorted(seen) == sorted(plain)
+
+
+@pytest.mark.parametrize("num_negatives", [0, 16])
+def test_masks_are_the_same_whether_answers_are_gone_through_or_searched(monkeypatch, num_negatives):
+    for step in range(7):
+        masks = []
+        for hub in (0, 3 / (num_negatives or E), 16):  # every query is a hub's, some are, none is
+            monkeypatch.setattr("mocme_dist.batching.batch._HUB", hub)
+            masks.append(maker(0, 1, num_negatives=num_negatives).make(step).allowed_GbN)
+        assert not masks[2].all()
+        assert torch.equal(masks[0], masks[2]) and torch.equal(masks[1], masks[2])
+
+
+def test_a_hub_that_half_of_the_queries_ask_for_does_not_fill_the_memory():
+    heads = np.arange(1, 50_001)
+    triples_T3 = np.stack([heads, np.zeros_like(heads), np.zeros_like(heads)], 1)
+    known, sampler = KnownAnswers.build(triples_T3, 1), QuerySampler(len(triples_T3), 1024, 0)
+    star = BatchMaker(triples_T3, known, len(heads) + 1, sampler, 128, 64, 0, 1)
+    star.make(0)
+    tracemalloc.start()
+    batch = star.make(1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    asked = (batch.sign_Gb == -1).sum().item()
+    assert asked > 400 and not batch.allowed_GbN[batch.sign_Gb == -1].any(-1).any()  # all but the hub itself answer, and it was not drawn
+    assert peak < 8 * len(heads) * 10  # not all answers of all queries, which are 400 times as many numbers
 
 
 def test_a_maker_forgets_its_last_step():
