@@ -146,7 +146,7 @@ def make_plan(config: Config, dataset: Dataset, world_size: int, under_ray: bool
         "dense: moments": 8 * dense // (world_size if config.deepspeed.stage >= 1 else 1),
         "batches: places of the pool": 4 * dataset.num_entities,
         "batches: features made ahead": _ahead_bytes(config, widths, requests),
-        "exchange: shared memory": _shared_bytes(config, requests, dense, world_size),
+        "exchange: shared memory": _shared_bytes(config, requests, dense, _ranked_at_once(dataset), world_size),
     }
     passing = {
         "a step": _step_bytes(config, model, requests, world_size),
@@ -255,16 +255,16 @@ def _ahead_bytes(config: Config, widths: dict[str, int], requests: Requests) -> 
     return (DEPTH + 1) * requests.asked * 4 * sum(width for name, width in widths.items() if name != "structure")
 
 
-def _shared_bytes(config: Config, requests: Requests, dense: int, world_size: int) -> int:
+def _shared_bytes(config: Config, requests: Requests, dense: int, ranked: int, world_size: int) -> int:
     """Slots through which ranks on the CPUs of one machine exchange: two of one's own, and what one reads in those of others.
 
-    They stay. Gradients that come back are as many as the vectors were that went out.
+    They stay. Gradients that come back are as many as the vectors were that went out; a ranking adds up its queries' vectors.
     """
     if world_size == 1 or config.launch.gpus_per_worker > 0:
         return 0
     vectors = 2 * exchange_bytes(requests.sent // config.deepspeed.gradient_accumulation_steps, config.experts.width)
-    summed = 4 * dense if config.deepspeed.engine == "torch" and 4 * dense * (world_size - 1) <= SUM_BYTES else 0
-    return 2 * max(vectors, world_size * summed)
+    sums = (4 * dense if config.deepspeed.engine == "torch" else 0, 4 * 2 * ranked * config.experts.width)
+    return 2 * max([vectors, *(world_size * size for size in sums if size * (world_size - 1) <= SUM_BYTES)])
 
 
 def wire_bytes(requests: Requests, width: int, dense: int, world_size: int) -> dict[str, int]:
@@ -310,12 +310,16 @@ def _ranking_bytes(config: Config, model: MoCME, dataset: Dataset, rows: int) ->
     """Fused vectors, held or a piece of them; queries with their answers; a block being encoded; a tile being scored."""
     D, evaluation = config.experts.width, config.evaluation
     held = min(4 * rows * D, evaluation.vectors_mb << 20)
-    triples = max(len(dataset.triples(split)) for split in ("valid", "test"))
-    queries = min(2 * triples, 1 << 16)
+    queries = _ranked_at_once(dataset)
     block = block_rows(config, dataset.num_entities) * _numbers_per_entity(model, False)
     # Plain forms keep (16, tile, D); the kernels keep no distance.
     tile = 3 * evaluation.query_block * evaluation.tile_rows + (3 * 16 * evaluation.tile_rows * D if config.compile == "off" else 0)
     return held + 4 * (4 * queries * D + block + tile)
+
+
+def _ranked_at_once(dataset: Dataset) -> int:
+    """Queries of a ranking's pass."""
+    return min(2 * max(len(dataset.triples(split)) for split in ("valid", "test")), 1 << 16)
 
 
 def check_plan(plan: Plan, config: Config, nodes: Sequence[Node]) -> None:

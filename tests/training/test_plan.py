@@ -144,6 +144,36 @@ def test_bytes_on_the_wire_are_those_of_the_formula(run_ranks, featured_dataset,
     assert plan_for(config, world).wire["fused vectors"] == exchange_bytes(requests.sent, config.experts.width)
 
 
+def largest_sum(comm: Comm, dataset: Path, run_dir: Path) -> int:
+    """Body of one rank: bytes of the largest sum that a ranking makes through memory."""
+    from mocme_dist.parallel.shared import SharedSwap
+
+    worker = Worker(tiny_config(dataset, run_dir, "modalities=[structure]"), open_dataset(tiny_config(dataset, run_dir)), comm)
+    found, plain = [], SharedSwap.sum
+
+    def counted(swap: Any, value: Any) -> Any:
+        found.append(value.nbytes)
+        return plain(swap, value)
+
+    SharedSwap.sum = counted  # type: ignore[method-assign]
+    try:
+        for split in ("valid", "test"):
+            worker.evaluate(split)
+    finally:
+        SharedSwap.sum = plain  # type: ignore[method-assign]
+    return max(found)
+
+
+def test_memory_that_rankings_share_is_counted(run_ranks, featured_dataset, tmp_path, monkeypatch):
+    found = max(run_ranks(2, largest_sum, featured_dataset, tmp_path / "run"))
+    # Without dense gradients, which are larger here; DeepSpeed's take another way.
+    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]", "deepspeed.engine=deepspeed")
+    assert plan_for(config, 2).resident["exchange: shared memory"] == 2 * 2 * found
+    assert plan_for(config, 1).resident["exchange: shared memory"] == 0
+    monkeypatch.setattr(planning, "SUM_BYTES", found - 1)  # then it is a sum of the group
+    assert 0 < plan_for(config, 2).resident["exchange: shared memory"] < 4 * found
+
+
 def test_what_cannot_fit_is_refused_with_numbers_and_what_to_change(featured_dataset, tmp_path):
     config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]")
     plan = plan_for(config, 3)
