@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -114,9 +116,9 @@ with communication(5) as comm:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("by_torchrun", [False, True])
-def test_followers_wait_for_rank_0_longer_than_a_collective_may_take(by_torchrun):
+@contextmanager
+def late_rank_0(by_torchrun: bool) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two ranks, of which the first comes 9 seconds late to collectives of 5."""
     # Held until the end: the store may listen beside a socket that is only bound, and nobody else is given the port.
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -131,11 +133,19 @@ def test_followers_wait_for_rank_0_longer_than_a_collective_may_take(by_torchrun
         for rank, delay in (("0", "9"), ("1", "0"))
     ]
     try:
-        assert [rank.communicate(timeout=400)[0].strip() for rank in ranks] == ["[0, 1]"] * 2
-        assert [rank.returncode for rank in ranks] == [0, 0]
+        yield ranks
     finally:
         held.close()
         for rank in ranks:
             rank.kill()
         if by_torchrun:
             del agent
+
+
+@pytest.mark.slow
+def test_followers_wait_for_rank_0_longer_than_a_collective_may_take():
+    """Both ways at once: it is waiting that takes the time."""
+    with late_rank_0(by_torchrun=False) as alone, late_rank_0(by_torchrun=True) as with_agent:
+        for ranks in (alone, with_agent):
+            assert [rank.communicate(timeout=400)[0].strip() for rank in ranks] == ["[0, 1]"] * 2
+            assert [rank.returncode for rank in ranks] == [0, 0]
