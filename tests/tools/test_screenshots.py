@@ -34,7 +34,7 @@ def test_a_server_that_ends_is_told_and_one_that_runs_is_ended_with_the_block():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("chromium", "google-chrome"))), reason="no headless browser: Debian's package chromium")
-def test_every_tab_becomes_a_picture(tmp_path):
+def test_every_tab_becomes_a_picture(tmp_path, monkeypatch):
     from mocme_dist.training.log import RunLog
 
     log = RunLog(tmp_path / "metrics.jsonl", tmp_path / "runs" / "tensorboard", True, 0)
@@ -46,8 +46,18 @@ def test_every_tab_becomes_a_picture(tmp_path):
         4, np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32), [[f"e{n}", "r"] for n in range(20)], ["name", "role"], None
     )
     log.close()
-    paths = screenshots(tmp_path / "runs", tmp_path / "out", find_browser(None))
-    assert [path.stem for path in paths] == list(TABS)
-    for path in paths:
-        picture = np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("L"))
-        assert picture.shape == TABS[path.stem][1][::-1] and picture.std() > 5  # not one colour
+
+    def pictures() -> dict[str, np.ndarray]:
+        paths = screenshots(tmp_path / "runs", tmp_path / "out", find_browser(None))
+        return {path.stem: np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("L")) for path in paths}
+
+    # So little to show is there after a quarter of the waits; on a busy machine perhaps not, and then the waits are the tool's.
+    with monkeypatch.context() as hasty:
+        for name, (*what, waits) in TABS.items():
+            hasty.setitem(TABS, name, (*what, tuple(wait / 4 for wait in waits)))
+        found = pictures()
+    if any(picture.std() <= 5 for picture in found.values()):
+        found = pictures()
+    assert list(found) == list(TABS)
+    for name, picture in found.items():
+        assert picture.shape == TABS[name][1][::-1] and picture.std() > 5, name  # not one colour
