@@ -119,12 +119,20 @@ def actors_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
+def title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).strip()
+    return ""
+
+
 def kill_driver(process: subprocess.Popen[str]) -> None:
-    """SIGKILL, then wait until the Ray that it started is gone as well."""
+    """SIGKILL, then wait until the Ray that it started is gone as well, but for what tries its last words on a dead head for minutes."""
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    agents = [child for child in family if title(child) in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs([child for child in family if child not in agents], timeout=20)
+    alive += agents
     for child in alive:  # Ray ends with its driver; on a busy machine not at once
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
