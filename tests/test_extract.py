@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import mocme_dist.extract
+from mocme_dist.commands import run_command
 from mocme_dist.config.schema import DataConfig
 from mocme_dist.data.packing import pack_folder
 
@@ -20,6 +24,25 @@ TINY = ["--set", "encoders.text.model=tiny-random", "encoders.text.random_weight
 def extract(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mocme_dist.extract", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
+
+
+@pytest.fixture
+def extract_here(monkeypatch, capsys, caplog) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same in this process, which has imported its libraries already."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command, code = ["extract", *map(str, arguments)], 0
+        monkeypatch.setattr("sys.argv", command)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            try:
+                run_command(mocme_dist.extract.main)
+            except SystemExit as end:
+                code = int(end.code or 0)
+        told = capsys.readouterr()
+        return subprocess.CompletedProcess(command, code, told.out, caplog.text + told.err)
+
+    return call
 
 
 @pytest.fixture
@@ -66,7 +89,7 @@ def test_help_names_the_flags():
     assert done.returncode == 0 and all(flag in done.stdout for flag in ("--strict", "--max-missing", "--on-bad-shard", "--local"))
 
 
-def test_a_part_that_cannot_be_written_ends_with_its_path_and_no_leavings(directory):
+def test_a_part_that_cannot_be_written_ends_with_its_path_and_no_leavings(directory, extract_here):
     """The kernel refuses files above a limit here, as it does where a disk is full."""
     limit = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))"
@@ -79,17 +102,17 @@ def test_a_part_that_cannot_be_written_ends_with_its_path_and_no_leavings(direct
     assert "part-000000" in done.stderr and "bytes are free there" in done.stderr and "Traceback" not in done.stderr
     left = [path.name for path in (directory / "features").rglob("*") if path.is_file()]
     assert left == []
-    assert extract(directory, "--local", *TINY).returncode == 0
+    assert extract_here(directory, "--local", *TINY).returncode == 0
 
 
-def test_flags_reach_the_configuration(directory):
-    done = extract(directory, "--local", *TINY, "--max-missing", "0.1")
+def test_flags_reach_the_configuration(directory, extract_here):
+    done = extract_here(directory, "--local", *TINY, "--max-missing", "0.1")
     assert done.returncode == 3 and "1 of 3 entities have no features (33.3 %)" in done.stderr
     shutil.rmtree(directory / "features")
     shard = directory / "shards" / "entities-000000.tar"
     shard.write_bytes(shard.read_bytes()[:700])
-    done = extract(directory, "--local", *TINY)
+    done = extract_here(directory, "--local", *TINY)
     assert done.returncode == 3 and "entities-000000.tar" in done.stderr and "sha256" in done.stderr and "Traceback" not in done.stderr
-    done = extract(directory, "--local", *TINY, "--on-bad-shard", "skip")
+    done = extract_here(directory, "--local", *TINY, "--on-bad-shard", "skip")
     assert done.returncode == 0 and "left out: entities-000000.tar" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["n_skipped"] == 1
