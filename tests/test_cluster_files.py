@@ -14,6 +14,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -291,9 +292,13 @@ def test_jobs_are_submitted_followed_and_stopped_with_the_token_only(head, tmp_p
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     listing = [shutil.which("ray") or "ray", "job", "list", "--address", address]
     wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
-    for extra, reason in (({"HOME": str(tmp_path)}, "Unauthorized"), (wrong, "Forbidden")):
-        refused = subprocess.run(listing, env={**env, **extra}, capture_output=True, text=True, timeout=300)
-        assert refused.returncode != 0 and reason in refused.stdout + refused.stderr
+
+    def ask(extra: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(listing, env={**env, **extra}, capture_output=True, text=True, timeout=300)
+
+    with ThreadPoolExecutor(2) as pool:  # each takes seconds to import Ray
+        for refused, reason in zip(pool.map(ask, ({"HOME": str(tmp_path)}, wrong)), ("Unauthorized", "Forbidden"), strict=True):
+            assert refused.returncode != 0 and reason in refused.stdout + refused.stderr
     assert all(address.startswith("127.") for address in listeners(folder))
 
     write_packed(tmp_path / "data", Planted(100, 600, 4, (3, 3), valid=0.05, test=0.05), 64)
@@ -334,8 +339,10 @@ def test_jobs_are_submitted_followed_and_stopped_with_the_token_only(head, tmp_p
     # Stopped as asked: a checkpoint of the last step, and a run that can go on.
     status = json.loads((tmp_path / "run" / "run_status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 75), (tmp_path / "output").read_text()[-3000:]
-    assert f"Job '{job}' was stopped" in local(folder, "status", job, ports=ports).stdout
-    assert "checkpoint" in local(folder, "logs", job, ports=ports).stdout
+    with ThreadPoolExecutor(2) as pool:
+        told = pool.map(lambda word: local(folder, word, job, ports=ports).stdout, ("status", "logs"))
+        assert f"Job '{job}' was stopped" in next(told)
+        assert "checkpoint" in next(told)
 
 
 def listeners(folder: Path) -> list[str]:

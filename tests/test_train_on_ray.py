@@ -28,7 +28,7 @@ experts: {width: 8, num_experts: 2}
 mine: {hidden: 4}
 rotate: {gamma: 4}
 negatives: {count: 16, chunk_size: 16}
-train: {batch_size: 64, epochs: 30, eval_every: 15, checkpoint_every: 5, log_every: 9, learning_rate: 0.01}
+train: {batch_size: 64, epochs: 6, eval_every: 3, checkpoint_every: 3, log_every: 9, learning_rate: 0.01}
 entities: {learning_rate: 0.05}
 deepspeed: {engine: deepspeed, stage: 1}
 launch: {workers: 2, max_failures: 0}
