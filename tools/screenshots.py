@@ -10,7 +10,9 @@ import argparse
 import asyncio
 import base64
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +98,17 @@ def answered(url: str, what: str, process: subprocess.Popen[bytes], seconds: flo
 
 @contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended with the block."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """A process that is ended with the block, and what it started with it: a browser's children would go on writing."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         yield process
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class Page:
@@ -184,7 +186,9 @@ def screenshots(runs: Path, out: Path, browser: str) -> list[Path]:
 
     board, debugger = free_port(), free_port()
     serve = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--host", "127.0.0.1", "--port", str(board)]
-    with running(serve) as tensorboard, tempfile.TemporaryDirectory(prefix="mocme-browser-") as profile:
+    # A child that was just killed may still have made a file while the folder was being emptied: no reason to fail.
+    made = tempfile.TemporaryDirectory(prefix="mocme-browser-", ignore_cleanup_errors=True)
+    with running(serve) as tensorboard, made as profile:
         answered(f"http://127.0.0.1:{board}/data/logdir", "TensorBoard", tensorboard)
         time.sleep(3)  # it answers before it has read the runs
         with running([browser, *_FLAGS, f"--remote-debugging-port={debugger}", f"--user-data-dir={profile}", "about:blank"]) as chromium:

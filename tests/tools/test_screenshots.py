@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,29 @@ def test_a_server_that_ends_is_told_and_one_that_runs_is_ended_with_the_block():
     with running([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         assert process.poll() is None
     assert process.poll() is not None
+
+
+def is_running(pid: int) -> bool:
+    """Not gone, and not a zombie that waits for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes as Linux shows them")
+def test_what_a_process_has_started_is_ended_with_it(tmp_path):
+    command = f"sleep 60 & echo $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/child; wait"
+    with running(["sh", "-c", command]):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "child").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = int((tmp_path / "child").read_text())
+        assert is_running(child)
+    deadline = time.monotonic() + 60
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
 
 
 @pytest.mark.slow
