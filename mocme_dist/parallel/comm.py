@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -119,30 +119,23 @@ def communication(timeout_s: int) -> Iterator[Comm]:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
         ahead = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        comm = Comm(dist.get_rank(), dist.get_world_size(), device, ahead)
         with ExitStack() as stack:
-            swap, swap_ahead = _join_memory(stack, ahead, timeout_s) if device.type == "cpu" else (None, None)
-            yield Comm(dist.get_rank(), dist.get_world_size(), device, ahead, swap, swap_ahead)
+            swap, swap_ahead = (_join_memory(comm, stack, timeout_s) for _ in range(2))
+            yield replace(comm, swap=swap, swap_ahead=swap_ahead)
     finally:
         if made_here:
             dist.destroy_process_group()
 
 
-def _join_memory(stack: ExitStack, ahead: dist.ProcessGroup, timeout_s: int) -> tuple[SharedSwap | None, SharedSwap | None]:
-    """Two ways through memory that never meet; closed with `stack`."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size == 1:
-        return None, None
-
-    def gather(value: Any) -> list[Any]:
-        values: list[Any] = [None] * world_size
-        dist.all_gather_object(values, value, group=ahead)
-        return values
-
-    ways = [join(rank, world_size, timeout_s, gather) for _ in range(2)]
-    for way in ways:
-        if way is not None:
-            stack.callback(way.close)
-    return ways[0], ways[1]
+def _join_memory(comm: Comm, stack: ExitStack, timeout_s: int) -> SharedSwap | None:
+    """A way through memory, closed with `stack`; two of them never meet."""
+    if comm.world_size == 1 or comm.device.type != "cpu":
+        return None
+    way = join(comm.rank, comm.world_size, timeout_s, comm.gather)
+    if way is not None:
+        stack.callback(way.close)
+    return way
 
 
 def _meet() -> tuple[Any, int, int]:

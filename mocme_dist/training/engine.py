@@ -50,7 +50,7 @@ class DeepSpeedEngine:
         # DeepSpeed's own optimizer for bf16 at stage 0 shows neither masters nor moments; stage 1 gives equal numbers.
         self.stage = max(config.stage, 1) if config.bf16 else config.stage
         self.comm, self.clip, self.apart, self._offloads = comm, clip, apart, config.offload_optimizer == "cpu"
-        optimizer = make_adam(groups, comm.device)
+        optimizer = make_adam(groups)
         exact = [buffer.clone() for buffer in module.buffers()]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_settings(config, self.stage, clip), dist_init_required=False

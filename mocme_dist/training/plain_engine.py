@@ -114,9 +114,9 @@ def check_state(module: nn.Module, apart: str | None, state: dict[str, Tensor]) 
         )
 
 
-def make_adam(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Adam:
+def make_adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
     """Adam of the dense parameters, in one pass over each of them, where torch's default makes a dozen."""
-    return torch.optim.Adam(groups, fused=device.type in ("cpu", "cuda"))
+    return torch.optim.Adam(groups, fused=True)
 
 
 class TorchEngine:
@@ -124,7 +124,7 @@ class TorchEngine:
 
     def __init__(self, module: nn.Module, groups: list[dict[str, Any]], clip: float, comm: Comm, apart: str | None = None) -> None:
         self.module, self.clip, self.comm, self.apart = module, clip, comm, apart
-        self.optimizer = make_adam(groups, comm.device)
+        self.optimizer = make_adam(groups)
         self._norm = 0.0
 
     def __call__(self, *args: Any) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from mocme_dist.errors import ConfigError, DataError, DivergedError, MocmeError
 from mocme_dist.evaluation.metrics import report
 from mocme_dist.evaluation.protocol import split_queries
 from mocme_dist.evaluation.ranking import RowShard, rank_queries
+from mocme_dist.model import native
 from mocme_dist.model.entropy import Weighting
 from mocme_dist.model.fusion import FusionSettings
 from mocme_dist.model.loss import LossSettings
@@ -84,7 +84,7 @@ def compiler_lacks(device: torch.device) -> str | None:
     """What torch.compile would miss here, as the start of a sentence; it would fail at the first step."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "no triton is"
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    if native.compiler() is None:
         return "no C++ compiler is"
     # Debian and Ubuntu have them in a package of their own.
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
