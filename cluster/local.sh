@@ -3,6 +3,7 @@
 #
 #   cluster/local.sh token                     make the token (once)
 #   cluster/local.sh start [CPUS]              start the head; refuses without a token
+#   eval "$(cluster/local.sh env)"             address, token and mode, for ray, ray job submit and mocme_dist in this shell
 #   cluster/local.sh submit DIR COMMAND...     ray job submit of COMMAND with DIR as its working directory
 #   cluster/local.sh logs JOB | status JOB | cancel JOB
 #   cluster/local.sh stop                      end the head that `start` began, and no other Ray of this machine
@@ -16,6 +17,10 @@ port=${MOCME_CLUSTER_PORT:-6379}
 dashboard=${MOCME_CLUSTER_DASHBOARD_PORT:-8265}
 token=$dir/token
 address=http://127.0.0.1:$dashboard
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# The environment that `make env` built, where none is active.
+command -v ray > /dev/null || path=$root/.venv/bin:$PATH
+export PATH=${path:-$PATH}
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -24,6 +29,22 @@ require_token() {
   [ "$(stat -c %a "$token")" = 600 ] || fail "$token: readable by others; chmod 600 it"
   # Nodes, drivers and clients all need both.
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
+}
+
+require_head() {
+  require_token
+  running || fail "no head runs here; start one: cluster/local.sh start"
+}
+
+running() { [ -s "$dir/pid" ] && kill -0 "$(cat "$dir/pid")" 2> /dev/null; }
+
+print_env() {
+  require_head
+  [ -z "${path:-}" ] || printf 'export PATH=%q\n' "$path"
+  # Jobs go to the dashboard; programs join the head. The last one keeps them on loopback, where the head is.
+  printf 'export %s=%q\n' RAY_API_SERVER_ADDRESS "$address" RAY_ADDRESS "127.0.0.1:$port" RAY_AUTH_MODE token \
+    RAY_AUTH_TOKEN_PATH "$token" RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER 0
+  echo "# TensorBoard needs none of it and has no password: tensorboard --host 127.0.0.1 --logdir runs"
 }
 
 make_token() {
@@ -36,7 +57,9 @@ make_token() {
 
 start() {
   require_token
-  if [ -s "$dir/pid" ] && kill -0 "$(cat "$dir/pid")" 2> /dev/null; then fail "a head runs already, process $(cat "$dir/pid")"; fi
+  if running; then fail "a head runs already, process $(cat "$dir/pid")"; fi
+  command -v ray > /dev/null || fail "ray: not installed here; make the environment: make -C $root env"
+  unset RAY_ADDRESS RAY_API_SERVER_ADDRESS  # of another head, if this shell had one
   # Without this variable Ray listens on every interface, whatever address it is given.
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
   # A stopped job gets so long to finish its step and save, before it is killed.
@@ -56,7 +79,7 @@ start() {
       echo "head: process $(cat "$dir/pid"), $address"
       return
     fi
-    kill -0 "$(cat "$dir/pid")" 2> /dev/null || { tail -20 "$dir/head.log" >&2; fail "the head ended; see $dir/head.log"; }
+    running || { tail -20 "$dir/head.log" >&2; fail "the head ended; see $dir/head.log"; }
     sleep 0.5
   done
   fail "the head does not answer within a minute; see $dir/head.log"
@@ -80,15 +103,19 @@ case $command in
   token) make_token ;;
   start) start "$@" ;;
   stop) stop ;;
+  env) print_env ;;
   submit)
     [ $# -ge 2 ] || fail "submit: expected a working directory and a command"
-    require_token
+    require_head
     work=$1
     shift
-    ray job submit --address "$address" --working-dir "$work" -- "$@"
+    # Only code and configuration go along: data and results are named by absolute paths.
+    ray job submit --address "$address" --working-dir "$work" \
+      --runtime-env-json '{"excludes": ["runs/", ".venv/", ".git/", "*.tar", "*.safetensors", "*.npy", "*.pt", "*.parquet"]}' \
+      -- "$@"
     ;;
-  logs) require_token && ray job logs --address "$address" --follow "$@" ;;
-  status) require_token && ray job status --address "$address" "$@" ;;
-  cancel) require_token && ray job stop --address "$address" "$@" ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  logs) require_head && ray job logs --address "$address" --follow "$@" ;;
+  status) require_head && ray job status --address "$address" "$@" ;;
+  cancel) require_head && ray job stop --address "$address" "$@" ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

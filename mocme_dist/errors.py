@@ -74,3 +74,8 @@ class Preempted(MocmeError):
 def error_block(error: BaseException) -> str:
     """The text a user sees for `error`: its kind and its one line."""
     return f"error: {type(error).__name__}: {error}"
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """Return the message of a library's error in one line of at most `length` characters."""
+    return " ".join(str(error).split())[:length] or type(error).__name__

@@ -1,7 +1,7 @@
 """The one partition: contiguous id ranges of entities over shards and over ranks.
 
-Pure arithmetic, no state and no tensors. Every stage asks here which rows are whose, so a tar shard, a feature
-part, a rank's rows and a checkpoint part never disagree.
+Pure arithmetic without state or tensors. Every stage takes row ranges from here, so a tar shard, a feature part, a
+rank's rows and a checkpoint part never disagree.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ class RowPartition:
 
     def __post_init__(self) -> None:
         if self.num_rows < 0 or self.num_parts < 1:
-            raise ShapeError(f"RowPartition: num_rows {self.num_rows} and num_parts {self.num_parts}, expected >= 0 and >= 1")
+            raise ShapeError(
+                f"RowPartition: num_rows {self.num_rows} and num_parts {self.num_parts}, expected >= 0 and >= 1"
+            )
 
     def bounds(self, part: int) -> tuple[int, int]:
-        """First id and one past the last id of `part`; equal when the part is empty."""
+        """Return the first id and one past the last id of `part`; equal if the part is empty."""
         if not 0 <= part < self.num_parts:
             raise ShapeError(f"RowPartition: part {part} of {self.num_parts}")
         size, larger = divmod(self.num_rows, self.num_parts)
@@ -32,7 +34,7 @@ class RowPartition:
         return first, first + size + (part < larger)
 
     def starts(self) -> list[int]:
-        """The first id of each part, then `num_rows`: (num_parts + 1) ascending numbers, for a binary search."""
+        """Return the first id of each part, then `num_rows`: ascending numbers for a binary search."""
         return [self.bounds(part)[0] for part in range(self.num_parts)] + [self.num_rows]
 
 
@@ -45,17 +47,17 @@ class ShardPartition:
 
     @property
     def num_shards(self) -> int:
-        """How many shards hold the rows."""
+        """Number of shards."""
         return -(-self.num_rows // self.shard_rows)
 
     def bounds(self, shard: int) -> tuple[int, int]:
-        """First id and one past the last id of `shard`."""
+        """Return the first id and one past the last id of `shard`."""
         if not 0 <= shard < self.num_shards:
             raise ShapeError(f"ShardPartition: shard {shard} of {self.num_shards}")
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows)
 
     def overlapping(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Shards that hold ids of [first, last): (shard, first id wanted of it, one past the last)."""
+        """Yield the shards with ids of [first, last) as (shard, first id in the range, one past the last)."""
         if first >= last:
             return
         for shard in range(first // self.shard_rows, -(-last // self.shard_rows)):

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mocme_dist import ray_loss
 from mocme_dist.cluster import leave_ray
-from mocme_dist.commands import command_parser, config_of, run_command
+from mocme_dist.commands import absolute, command_parser, config_of, run_command
 from mocme_dist.config import Config
+from mocme_dist.config.encoders import refuse_foreign_code
 from mocme_dist.config.load import load_config, parse_config
-from mocme_dist.data.storage import is_url
-from mocme_dist.errors import ConfigError, MocmeError, Preempted
+from mocme_dist.console import print_result, reserve_stdout
+from mocme_dist.data.progress import Progress
+from mocme_dist.environment import torchrun_sizes
+from mocme_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mocme_dist.training.lease import Lease
+    from mocme_dist.runs.directory import RunDirectory
+    from mocme_dist.runs.lease import Lease
     from mocme_dist.training.plan import Plan
-    from mocme_dist.training.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,8 @@ Train MoCME. With data.raw set, whatever is missing is packed and extracted firs
 
   python -m mocme_dist.train --config configs/demo.yaml
   python -m mocme_dist.train --config configs/mkg_w.yaml --set data.raw=MKG-W run.dir=runs/mkg_w
-  ray job submit -- python -m mocme_dist.train --config configs/mkg_w.yaml
+  ray job submit -- python -m mocme_dist.train --config $PWD/configs/mkg_w.yaml \\
+    --set data.raw=$PWD/MKG-W run.dir=$PWD/runs/mkg_w                            (a job of the head of cluster/local.sh)
   python -m mocme_dist.train --config configs/demo.yaml --set launch.mode=local     (one process, no Ray)
   python -m mocme_dist.train --config configs/demo.yaml --plan                      (what it would need; starts nothing)
 
@@ -36,35 +40,38 @@ Running the same command again resumes. The last line printed is one JSON object
 
 
 def resolve_paths(config: Config) -> Config:
-    """The same configuration with absolute paths, so that workers elsewhere on this machine find them."""
+    """Return the configuration with absolute paths, which workers in other folders can use."""
     values = config.model_dump(mode="json")
-    run_dir = config.run.dir.rstrip("/") if is_url(config.run.dir) else str(Path(config.run.dir).absolute())
+    run_dir = absolute("run.dir", config.run.dir).rstrip("/")
     values["run"]["dir"] = run_dir
     for key in ("raw", "dataset"):
         if values["data"][key] is not None:
-            values["data"][key] = values["data"][key] if is_url(values["data"][key]) else str(Path(values["data"][key]).absolute())
+            values["data"][key] = absolute(f"data.{key}", values["data"][key])
     if config.data.raw is not None and config.data.dataset is None:
         values["data"]["dataset"] = f"{run_dir}/dataset"
     if values["data"]["dataset"] is None:
         raise ConfigError(
-            "data: neither data.raw nor data.dataset is set; give a raw folder or a packed data set, as in --set data.raw=DIR"
+            "data: neither data.raw nor data.dataset is set; give a raw folder or a packed data set, as in --set"
+            " data.raw=DIR"
         )
     return parse_config(values)
 
 
 def prepare_data(config: Config) -> None:
-    """Pack and extract what is missing; nothing when all is there."""
+    """Pack and extract what is missing."""
     from mocme_dist.data.dataset import Dataset
     from mocme_dist.data.packing import pack_folder
 
     path = str(config.data.dataset)
-    dataset = pack_folder(Path(config.data.raw), path, config.data) if config.data.raw is not None else Dataset.open(path)
-    from mocme_dist.training.worker import resolve_modalities
+    dataset = (
+        pack_folder(Path(config.data.raw), path, config.data) if config.data.raw is not None else Dataset.open(path)
+    )
+    from mocme_dist.training.build import feature_modalities
 
-    wanted = [name for name in resolve_modalities(config, dataset) if name != "structure"]
+    wanted = list(feature_modalities(config.modalities, config.evidence.spaces, dataset))
     if config.data.raw is not None and wanted:
         from mocme_dist.encoders.pipeline import extract_features
-        from mocme_dist.training.launch import start_ray
+        from mocme_dist.runs.launch import start_ray
 
         use_ray = config.launch.mode == "ray"
         if use_ray:
@@ -73,97 +80,131 @@ def prepare_data(config: Config) -> None:
 
 
 def train(config: Config) -> dict[str, Any]:
-    """The whole job; the report that is printed last."""
-    from mocme_dist.training.launch import is_follower, launch
-    from mocme_dist.training.rundir import RunDirectory
+    """Run the whole job and return the report that is printed last."""
+    from mocme_dist.runs.directory import RunDirectory
+    from mocme_dist.runs.launch import is_follower, launch
+    from mocme_dist.runs.status import State
+    from mocme_dist.runs.stopping import signals_blocked
 
-    if is_follower(config):
+    if is_follower(config.launch):
         return launch(config, "train")
     directory = RunDirectory(config.run.dir)
     with directory.lock() as lease:
         held = lease.held if lease else None
-        try:
-            _join(directory, lease)
-            if not directory.config.exists():  # that of an earlier run stands until its checkpoint has accepted this one
-                directory.write_config(config)
-            directory.status("running", pid=os.getpid())
-            directory.send(held, "config.yaml", "run_status.json")
-            prepare_data(config)
-            refuse_what_cannot_fit(config)
-            report = launch(config, "train", lease)
-        except BaseException as error:
-            stopped = isinstance(error, Preempted | KeyboardInterrupt)
-            code = 75 if stopped else error.exit_code if isinstance(error, MocmeError) else 70
-            state = "preempted" if stopped else "failed"
-            directory.status(state, exit_code=code, error=f"{type(error).__name__}: {error}", **_where(directory))
+        _join(directory, lease)
+        if (report := finished_report(config, directory)) is not None:
+            return report
+        state = State(directory)
+
+        def end(error: BaseException) -> None:
+            with signals_blocked():
+                state.end(error)
             directory.try_to_send(held, "run_status.json")
+
+        try:
+            try:
+                # The configuration of an earlier run stays until its checkpoint has accepted this one.
+                if not directory.config.exists():
+                    directory.write_config(config)
+                state.begin()
+                directory.send(held, "config.yaml", "run_status.json")
+                with ray_loss.telling(end), state.beating():
+                    prepare_data(config)
+                    refuse_what_cannot_fit(config)
+                    report = launch(config, "train", lease)
+            except BaseException as error:
+                end(error)
+                raise
+        except KeyboardInterrupt as second:
+            if not state.ended:  # it came between the first signal and the block that delays signals
+                end(second)
             raise
-        directory.status("done", exit_code=0, **_where(directory))
-        directory.insist_to_send(held, "run_status.json")
+        state.end(None)
+        directory.send_at_end(held, "run_status.json")
+    return report
+
+
+def finished_report(config: Config, directory: RunDirectory) -> dict[str, Any] | None:
+    """Return the report of a finished run without steps left; None if there is something to do.
+
+    Raises:
+        ConfigError: other settings are given, and no step is left to which they would apply.
+    """
+    from mocme_dist.training.compatibility import UNREPORTED, changed_settings, nothing_to_do
+
+    status, then, report = directory.read_status(), directory.read_config(), directory.read_report()
+    if config.run.resume != "auto" or status.get("state") != "done" or then is None or report is None:
+        return None
+    before, now = then.train, config.train
+    if now.epochs > before.epochs or now.patience != before.patience:
+        return None  # only the ranks know whether steps are left
+    if changed := changed_settings(then, config, UNREPORTED):
+        raise ConfigError(nothing_to_do(directory.place, status.get("step", 0), changed))
+    log.info("%s: finished at step %s; this is its report", directory.place, status.get("step"))
     return report
 
 
 def _join(directory: RunDirectory, lease: Lease | None) -> None:
-    """Of a run at a URL: say what it goes on from, and bring its small files."""
-    if directory.mirror is None or lease is None:
+    """For a run at a URL: write down which checkpoints it continues from, and fetch its small files."""
+    if lease is None:
         return
-    from mocme_dist.training import remote_saver
-
-    if remote_saver.inherit(directory.mirror, lease, lambda: directory.send(lease.held, "metrics.jsonl")):
-        directory.send(lease.held)  # nobody else has written since
+    if directory.checkpoints.inherit(lease, lambda: directory.send(lease.held, "metrics.jsonl")):
+        directory.send(lease.held)  # no other process has written since
     directory.fetch()
 
 
-def config_of_run(place: str, files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a finished or interrupted run, with changes.
+def config_of_run(
+    place: str, files: Sequence[str] = (), overrides: Sequence[str] = (), trust_encoders: bool = False
+) -> Config:
+    """Return the configuration of a finished or interrupted run, with changes.
 
     Args:
-        place: its directory or URL.
+        place: directory or URL of the run.
+        trust_encoders: whether an encoder that the run names may import any code.
 
     Raises:
-        ConfigError: it is no run directory.
+        ConfigError: it is not a run directory, or it names such an encoder and `trust_encoders` is False.
     """
-    from mocme_dist.training.rundir import RunDirectory
+    from mocme_dist.runs.directory import RunDirectory
 
+    absolute("RUN_DIR", place)
     directory = RunDirectory(place)
-    there = True
-    if directory.mirror is not None:  # a copy of it may be here, of a run that is there no more
-        there = bool(directory.mirror.listing(directory.config.name))
-        directory.mirror.pull(directory.config.name)
-    if not there or not directory.config.is_file():
+    if not directory.fetch_file(directory.config):
         raise ConfigError(f"{place}: not a run directory: no config.yaml in it; give the run.dir of a training run")
+    if not trust_encoders:
+        refuse_foreign_code(load_config([directory.config]).encoders, place)
     return resolve_paths(load_config([directory.config, *files], [*overrides, f"run.dir={json.dumps(place)}"]))
 
 
 def plan_of(config: Config) -> Plan:
-    """What the run will need, from its packed data set; nothing is started."""
+    """Return the plan of the run from its packed data set, without starting anything."""
     from mocme_dist.data.dataset import Dataset
+    from mocme_dist.runs.launch import gpus_of_this_machine
     from mocme_dist.training.plan import make_plan
 
     dataset = Dataset.open(str(config.data.dataset))
-    # In local mode the ranks are this process's and those that torchrun started beside it.
     local = config.launch.mode == "local"
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if local else config.launch.min_workers
-    return make_plan(config, dataset, world_size, under_ray=not local)
+    world_size = torchrun_sizes()[0] if local else config.launch.min_workers
+    return make_plan(gpus_of_this_machine(config, 1 if local else world_size), dataset, world_size, under_ray=not local)
 
 
 def refuse_what_cannot_fit(config: Config) -> None:
-    """Hold the plan against the memory of the machines that will run it.
+    """Compare the plan with the memory of the machines that will run it.
 
     Raises:
         ConfigError: it does not fit, with the numbers.
     """
     from mocme_dist.cluster import node_memory
-    from mocme_dist.training.launch import start_ray
+    from mocme_dist.runs.launch import start_ray
     from mocme_dist.training.plan import Node, check_plan
 
     under_ray = config.launch.mode == "ray"
     if under_ray:
-        start_ray(config)
+        config = start_ray(config)
     plan = plan_of(config)
-    per_node = None if under_ray else int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
-    nodes = node_memory(config.launch.cpus_per_worker, config.launch.gpus_per_worker, per_node)
-    if per_node is not None:  # torchrun: every machine as this one
+    per_node = None if under_ray else torchrun_sizes()[1]
+    nodes = node_memory(config.launch.cpus_per_worker, config.launch.gpus, per_node)
+    if per_node is not None:  # torchrun: every machine counts like this one
         nodes = nodes * -(-plan.world_size // per_node)
     check_plan(plan, config, [Node(*node) for node in nodes])
     log.info("plan: %s", plan.summary())
@@ -171,37 +212,49 @@ def refuse_what_cannot_fit(config: Config) -> None:
         log.warning("plan: %s", note)
 
 
-def _where(directory: Any) -> dict[str, Any]:
-    last = directory.read_status()
-    return {key: last[key] for key in ("step", "last_step", "last_checkpoint") if key in last}
-
-
 def main() -> None:
     """Parse, train, print the report."""
     parser = command_parser("train", DESCRIPTION)
-    parser.add_argument("--resume", metavar="auto|STEP|none", help="which checkpoint to go on from (default auto: the newest valid one)")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|STEP|none",
+        help="which checkpoint to continue from (default auto: the newest valid one)",
+    )
     parser.add_argument(
         "--on-bad-feature",
         choices=("error", "mask"),
-        help="stored features that are not finite stop the run or count as absent (features.on_bad)",
+        help="whether stored features that are not finite stop the run or count as absent (features.on_bad)",
     )
-    parser.add_argument("--profile", type=int, metavar="N", help="trace N steps after the first five to RUN_DIR/profile (run.profile)")
-    parser.add_argument("--plan", action="store_true", help="only show memory, traffic and steps of the run; the data set must be packed")
+    parser.add_argument(
+        "--profile", type=int, metavar="N", help="trace N steps after the first five to RUN_DIR/profile (run.profile)"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only show memory, traffic and steps of the run; the data set must be packed",
+    )
     args = parser.parse_args()
-    given = {"run.profile": args.profile, "run.resume": args.resume and f'"{args.resume}"', "features.on_bad": args.on_bad_feature}
+    given = {
+        "run.profile": args.profile,
+        "run.resume": args.resume and f'"{args.resume}"',
+        "features.on_bad": args.on_bad_feature,
+    }
     config = resolve_paths(config_of(args, [f"{key}={value}" for key, value in given.items() if value is not None]))
     if args.plan:
         plan = plan_of(config)
         print("\n".join(plan.lines()))
         print(json.dumps(plan.as_json()), flush=True)
         return
-    report = train(config)
-    from mocme_dist.training.launch import is_follower
+    from mocme_dist.evaluation.metrics import report_table
+    from mocme_dist.runs.launch import is_follower
 
-    leave_ray()
-    if not is_follower(config):
+    reserve_stdout()
+    with Progress("train", active=not is_follower(config.launch)):
+        report = train(config)
+        leave_ray()
+    if not is_follower(config.launch):
         log.info("TensorBoard: tensorboard --logdir %s/tensorboard", config.run.dir)
-        print(json.dumps(report), flush=True)
+        print_result(report, report_table(report))
 
 
 if __name__ == "__main__":

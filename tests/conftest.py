@@ -1,4 +1,7 @@
-"""Fixtures that several parts share: a small real-shaped raw folder, its packed twin, and the data sets beside the checkout."""
+"""Fixtures that several parts share.
+
+A small real-shaped raw folder, its packed twin, and the data sets beside the checkout.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ranks
+import tiny_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+INSTRUCTION_SETS = ("DEFAULT", "AVX2", "AVX512")
 
 
 def make_raw(folder: Path, num_entities: int = 60, seed: int = 0) -> Path:
@@ -39,7 +44,11 @@ def make_raw(folder: Path, num_entities: int = 60, seed: int = 0) -> Path:
     rest = [triples[num_entities + int(index)] for index in gen.permutation(len(triples) - num_entities)]
     tenth = len(triples) // 10
     folder.mkdir(parents=True)
-    for split, part in (("test", rest[:tenth]), ("valid", rest[tenth : 2 * tenth]), ("train", triples[:num_entities] + rest[2 * tenth :])):
+    for split, part in (
+        ("test", rest[:tenth]),
+        ("valid", rest[tenth : 2 * tenth]),
+        ("train", triples[:num_entities] + rest[2 * tenth :]),
+    ):
         (folder / f"{split}.txt").write_text("".join("\t".join(triple) + "\n" for triple in part), encoding="utf8")
 
     def has(share: float) -> list[str]:
@@ -88,6 +97,34 @@ def dataset_copy(tiny_dataset: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def featured_dataset(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_dataset` with the features of its numbers; read only."""
+    from mocme_dist.config.schema import EncodersConfig
+    from mocme_dist.data.dataset import Dataset
+    from mocme_dist.encoders.pipeline import extract_features
+
+    path = Path(shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("featured") / "dataset"))
+    extract_features(Dataset.open(path), EncodersConfig(), ("label",), ["numeric"], use_ray=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(featured_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with structure and numbers, to its end; read only, copy it to go on."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    from mocme_dist.train import train
+
+    train(tiny_run.tiny_config(featured_dataset, path, "modalities=[structure, numeric]"))
+    return path
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """An own copy of `finished_run`."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """`shared_data(name)`: a data set folder beside the checkout, or a skip that says why."""
 
@@ -102,7 +139,10 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., list[Any]]:
-    """`run_ranks(world, body, *args)`: `body(comm, *args)` on so many gloo ranks; their results by rank (see ranks.py)."""
+    """`run_ranks(world, body, *args)`: `body(comm, *args)` on so many gloo ranks.
+
+    Their results by rank (see ranks.py).
+    """
     return ranks.run
 
 
@@ -115,7 +155,27 @@ def ray_session() -> Iterator[None]:
 
     # not pytest's folder: paths of sockets may have 107 characters
     folder = tempfile.mkdtemp(prefix="mocme-ray-")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False, _temp_dir=folder)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        log_to_driver=False,
+        _temp_dir=folder,
+    )
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """The library of count.cpp in every form that this CPU can run."""
+    from mocme_dist.kernels import builder, counting
+
+    here = INSTRUCTION_SETS.index(builder.instruction_set())
+    if builder.compiler() is None or INSTRUCTION_SETS.index(request.param) > here:
+        pytest.skip(f"no compiler, or this CPU has no {request.param}")
+    found = counting.native_kernels(request.param)
+    assert found is not None
+    return found

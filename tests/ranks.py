@@ -56,7 +56,11 @@ def _rank(body: Callable[..., Any], rank: int, world: int, store: str, args: tup
 
         torch.set_num_threads(1)
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=COLLECTIVE_S)
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=COLLECTIVE_S),
         )
         with communication(COLLECTIVE_S) as comm:
             result = body(comm, *args)
@@ -89,7 +93,9 @@ def run(world: int, body: Callable[..., Any], *args: Any) -> list[Any]:
         ranks = []
         for rank in range(world):
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(body, rank, world, f"{folder}/store", args, theirs), daemon=True)
+            process = context.Process(
+                target=_rank, args=(body, rank, world, f"{folder}/store", args, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             ranks.append((process, mine))

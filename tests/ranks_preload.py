@@ -1,4 +1,7 @@
-"""Imported once by the fork server: ranks start with torch in memory, and with what is slow the first time behind them."""
+"""Imported once by the fork server.
+
+Ranks start with torch in memory, and with what is slow the first time behind them.
+"""
 
 import pyarrow.parquet
 import pytest  # noqa: F401

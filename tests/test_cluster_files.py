@@ -1,4 +1,7 @@
-"""The files of cluster/ fit the package: commands, versions, ports, GPUs and the token; and local.sh does what it says."""
+"""The files of cluster/ fit the package: commands, versions, ports, GPUs and the token.
+
+And local.sh does what it says.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import tomllib
@@ -24,6 +28,7 @@ import yaml
 from mocme_dist.commands import EXIT_CODES
 from mocme_dist.config import Config
 from mocme_dist.config.load import load_config
+from mocme_dist.train import DESCRIPTION
 from tools.synthetic.packed import write_packed
 from tools.synthetic.planted import Planted
 
@@ -54,7 +59,10 @@ def settings_of(command: list[str]) -> Any:
 
 
 def test_kuberay_files_hold_one_cluster_of_the_tested_versions():
-    assert read_yaml("kuberay/raycluster.yaml")["kind"] == "RayCluster" and read_yaml("kuberay/rayjob.yaml")["kind"] == "RayJob"
+    assert (
+        read_yaml("kuberay/raycluster.yaml")["kind"] == "RayCluster"
+        and read_yaml("kuberay/rayjob.yaml")["kind"] == "RayJob"
+    )
     found = clusters()
     assert found["raycluster"] == found["rayjob"]
     for spec in found.values():
@@ -68,7 +76,9 @@ def test_kuberay_files_hold_one_cluster_of_the_tested_versions():
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/data", "/dev/shm"}
         for group, container in zip(spec["workerGroupSpecs"], groups, strict=True):
-            drain = {entry["name"]: entry["value"] for entry in container["env"]}["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+            drain = {entry["name"]: entry["value"] for entry in container["env"]}[
+                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+            ]
             assert int(drain) < group["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
@@ -80,7 +90,9 @@ def test_the_storage_is_the_claim_that_the_clusters_mount():
     for spec in clusters().values():
         templates += [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
     for template in templates:
-        assert {v["persistentVolumeClaim"]["claimName"] for v in template["volumes"] if "persistentVolumeClaim" in v} == names
+        assert {
+            v["persistentVolumeClaim"]["claimName"] for v in template["volumes"] if "persistentVolumeClaim" in v
+        } == names
         assert template["securityContext"]["fsGroup"] == 1000
     assert pod["spec"]["containers"][0]["image"] == f"mocme-dist:{PROJECT['version']}"
 
@@ -94,7 +106,9 @@ def test_the_job_asks_for_what_its_cluster_has():
     launch = config.launch
     assert int(limits["nvidia.com/gpu"]) * group["replicas"] == launch.workers * launch.gpus_per_worker
     assert launch.workers * launch.cpus_per_worker <= int(limits["cpu"]) * group["replicas"]
-    assert config.data.raw.startswith("/data/") and config.run.dir.startswith("/data/") and job["shutdownAfterJobFinishes"]
+    assert (
+        config.data.raw.startswith("/data/") and config.run.dir.startswith("/data/") and job["shutdownAfterJobFinishes"]
+    )
     assert int(job["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"]) == 0
 
 
@@ -102,12 +116,15 @@ def test_machines_over_ssh_start_ray_with_a_token():
     spec = read_yaml("ray-cluster.yaml")
     assert "~/.ray/auth_token" in spec["file_mounts"]
     assert len(spec["provider"]["worker_ips"]) == spec["min_workers"] == spec["max_workers"]
-    for commands, flag in ((spec["head_start_ray_commands"], "--head --port=6379"), (spec["worker_start_ray_commands"], ":6379")):
+    for commands, flag in (
+        (spec["head_start_ray_commands"], "--head --port=6379"),
+        (spec["worker_start_ray_commands"], ":6379"),
+    ):
         assert commands[0] == "chmod 600 ~/.ray/auth_token"
         start = commands[-1]
-        assert start.startswith("RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/.ray/auth_token ") and f"ray start {flag}" in start.replace(
-            "--address=$RAY_HEAD_IP", ""
-        )
+        assert start.startswith(
+            "RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/.ray/auth_token "
+        ) and f"ray start {flag}" in start.replace("--address=$RAY_HEAD_IP", "")
     assert "--dashboard-host=127.0.0.1 --dashboard-port=8265" in spec["head_start_ray_commands"][-1]
     assert any("-c constraints.txt" in command for command in spec["setup_commands"])
 
@@ -116,7 +133,12 @@ def slurm_command(**job: int) -> list[str]:
     """The training command that train.sbatch makes for an allocation, by its own arithmetic."""
     text = (CLUSTER / "slurm" / "train.sbatch").read_text()
     lines = [line for line in text.splitlines() if line.startswith(("gpus=", "ranks="))]
-    command = text[text.index("python -m mocme_dist.train") :].split(" &\n")[0].replace("\\\n", " ").replace("$SLURM_JOB_ID", "7")
+    command = (
+        text[text.index("python -m mocme_dist.train") :]
+        .split(" &\n")[0]
+        .replace("\\\n", " ")
+        .replace("$SLURM_JOB_ID", "7")
+    )
     script = "\n".join([*lines, f"printf '%s\\n' {command}"])
     env = {"PATH": os.environ["PATH"], **{f"SLURM_{name}": str(value) for name, value in job.items()}}
     given = ["bash", "-euc", script, "bash", "--config", "configs/mkg_w.yaml", "--set", "run.dir=runs/x"]
@@ -152,9 +174,15 @@ def test_ray_knows_every_option_that_the_files_give_it():
         "ray-cluster.yaml": "\n".join(specs["head_start_ray_commands"] + specs["worker_start_ray_commands"]),
     }
     for name, text in texts.items():
-        lines = [line for line in text.splitlines() if re.search(r"\bray start --|\$start |^start\+=", line) and not line.startswith("#")]
+        lines = [
+            line
+            for line in text.splitlines()
+            if re.search(r"\bray start --|\$start |^start\+=", line) and not line.startswith("#")
+        ]
         used = {
-            word for line in lines for word in re.findall(r"(?<!\S)--[a-z][\w-]+", line.split("$start", 1)[-1].split("ray start", 1)[-1])
+            word
+            for line in lines
+            for word in re.findall(r"(?<!\S)--[a-z][\w-]+", line.split("$start", 1)[-1].split("ray start", 1)[-1])
         }
         assert used and used <= known, (name, used - known)
     for spec in clusters().values():
@@ -166,7 +194,10 @@ def test_the_image_installs_the_tested_set_on_a_supported_python():
     text = (CLUSTER / "Dockerfile").read_text()
     version = re.search(r"^FROM python:(\d+\.\d+)-slim$", text, re.M)[1]  # type: ignore[index]
     assert PROJECT["requires-python"] == f">={version}"
-    assert "pip install --no-cache-dir -c constraints.txt '.[media]'" in text and f"mocme-dist:{PROJECT['version']}" in text
+    assert (
+        "pip install --no-cache-dir -c constraints.txt '.[media]'" in text
+        and f"mocme-dist:{PROJECT['version']}" in text
+    )
     for line in re.findall(r"^COPY (.+) \S+$", text, re.M):
         assert all((ROOT / name).exists() for name in line.split()), line
     assert text.index("USER ray") > text.rindex("RUN pip install")
@@ -210,8 +241,16 @@ def test_exit_codes_of_the_readme_are_those_of_the_package():
 
 
 def test_messages_that_the_readme_explains_are_those_of_the_package():
-    others = ("CUDA out of memory", "Connection refused", "No space left on device", "Unauthorized", "Forbidden")  # torch, the system, Ray
-    source = "\n".join(path.read_text() for path in [*(ROOT / "mocme_dist").rglob("*.py"), CLUSTER / "slurm" / "train.sbatch"])
+    others = (
+        "CUDA out of memory",
+        "Connection refused",
+        "No space left on device",
+        "Unauthorized",
+        "Forbidden",
+    )  # torch, the system, Ray
+    source = "\n".join(
+        path.read_text() for path in [*(ROOT / "mocme_dist").rglob("*.py"), CLUSTER / "slurm" / "train.sbatch"]
+    )
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that go on in the next line
     rows = re.findall(r"^\| (`.+?) \| ", readme_section("When something fails").split("what you see")[1], re.M)
     assert len(rows) > 15
@@ -227,12 +266,22 @@ def test_every_file_is_in_the_readme():
             assert f"`{path.relative_to(CLUSTER)}`" in text
 
 
-def local(folder: Path, *words: object, ports: int = 0, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+def local(
+    folder: Path, *words: object, ports: int = 0, check: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run local.sh with its files in `folder`."""
     base = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    own = {"MOCME_CLUSTER_DIR": str(folder), "MOCME_CLUSTER_PORT": str(ports), "MOCME_CLUSTER_DASHBOARD_PORT": str(ports + 1)}
+    own = {
+        "MOCME_CLUSTER_DIR": str(folder),
+        "MOCME_CLUSTER_PORT": str(ports),
+        "MOCME_CLUSTER_DASHBOARD_PORT": str(ports + 1),
+    }
     result = subprocess.run(
-        ["bash", CLUSTER / "local.sh", *map(str, words)], env={**base, **own, **env}, capture_output=True, text=True, timeout=400
+        ["bash", CLUSTER / "local.sh", *map(str, words)],
+        env={**base, **own, **env},
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert not check or result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result
@@ -247,6 +296,10 @@ def test_no_head_without_a_token_that_only_its_user_reads(tmp_path):
     token = tmp_path / "mine" / "token"
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
     assert local(tmp_path / "mine", "token", check=False).returncode == 2
+    for words in (("env",), ("submit", ".", "true"), ("logs", "x")):
+        refused = local(tmp_path / "mine", *words, check=False)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr == "error: no head runs here; start one: cluster/local.sh start\n"
     token.chmod(0o644)
     assert "readable by others" in local(tmp_path / "mine", "start", check=False).stderr
 
@@ -284,20 +337,22 @@ def head() -> Iterator[tuple[Path, int]]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_jobs_are_submitted_followed_and_stopped_with_the_token_only(head, tmp_path):
+def test_jobs_are_submitted_followed_and_stopped_with_the_token_only(head, tiny_raw, tmp_path):
     folder, ports = head
     address = f"http://127.0.0.1:{ports + 1}"
     # Without the token, and with another one, nobody gets in.
     (tmp_path / "wrong").write_text("f" * 64)
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    listing = [shutil.which("ray") or "ray", "job", "list", "--address", address]
+    listing = [str(Path(sys.executable).with_name("ray")), "job", "list", "--address", address]
     wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
 
     def ask(extra: dict[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(listing, env={**env, **extra}, capture_output=True, text=True, timeout=300)
 
     with ThreadPoolExecutor(2) as pool:  # each takes seconds to import Ray
-        for refused, reason in zip(pool.map(ask, ({"HOME": str(tmp_path)}, wrong)), ("Unauthorized", "Forbidden"), strict=True):
+        for refused, reason in zip(
+            pool.map(ask, ({"HOME": str(tmp_path)}, wrong)), ("Unauthorized", "Forbidden"), strict=True
+        ):
             assert refused.returncode != 0 and reason in refused.stdout + refused.stderr
     assert all(address.startswith("127.") for address in listeners(folder))
 
@@ -318,17 +373,24 @@ def test_jobs_are_submitted_followed_and_stopped_with_the_token_only(head, tmp_p
     }
     (work / "tiny.yaml").write_text(yaml.safe_dump(settings))
     train = ("python", "-m", "mocme_dist.train", "--config", "tiny.yaml")
-    # The configuration comes with the working directory; the job's output is the command's.
-    planned = local(folder, "submit", work, *train, "--plan", ports=ports).stdout
-    assert '"world_size": 1' in planned and "succeeded" in planned
+    check_printed_command(folder, ports, tmp_path, tiny_raw, settings)
+    # Relative paths of a job lie in Ray's copy of its working directory: nothing starts.
+    lost = ("--set", "run.dir=runs/lost")
+    refused = local(folder, "submit", work, *train, *lost, ports=ports, check=False)
+    assert refused.returncode != 0 and "run.dir=runs/lost: a relative path in a Ray job" in refused.stdout
+    assert "as in run.dir=$PWD/runs/lost where you submit" in refused.stdout
 
     submit = ["bash", CLUSTER / "local.sh", "submit", work, *train]
-    own = {"MOCME_CLUSTER_DIR": str(folder), "MOCME_CLUSTER_PORT": str(ports), "MOCME_CLUSTER_DASHBOARD_PORT": str(ports + 1)}
+    own = {
+        "MOCME_CLUSTER_DIR": str(folder),
+        "MOCME_CLUSTER_PORT": str(ports),
+        "MOCME_CLUSTER_DASHBOARD_PORT": str(ports + 1),
+    }
     with (tmp_path / "output").open("w") as output:
         following = subprocess.Popen(submit, env={**env, **own}, stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 400
-        while not list((tmp_path / "run" / "checkpoints").glob("step_*")):
+        while not list((tmp_path / "run" / "checkpoints").glob("step_*/MANIFEST.json")):
             assert following.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()[-3000:]
             time.sleep(0.2)
         job = re.search(r"Job '(raysubmit_\w+)' submitted", (tmp_path / "output").read_text())[1]  # type: ignore[index]
@@ -345,13 +407,41 @@ def test_jobs_are_submitted_followed_and_stopped_with_the_token_only(head, tmp_p
         assert "checkpoint" in next(told)
 
 
+def check_printed_command(folder: Path, ports: int, place: Path, raw: Path, settings: dict[str, Any]) -> None:
+    """`ray job submit` as README and `train --help` print it, in a shell that has evaluated `local.sh env`."""
+    joined = re.sub(r"\\\n\s*", "", (ROOT / "README.md").read_text())
+    lines = joined.splitlines()
+    printed = next(line for line in lines if line.startswith("ray job submit -- python -m mocme_dist.train"))
+    same = "ray job submit -- python -m mocme_dist.train --config $PWD/configs/mkg_w.yaml --set data.raw=$PWD/MKG-W"
+    assert printed.startswith(same) and same in re.sub(r"\\\n\s*", "", DESCRIPTION)
+    (place / "configs").mkdir()
+    few = settings | {"train": {"batch_size": 64, "epochs": 1}, "data": {}, "run": {}}
+    (place / "configs" / "mkg_w.yaml").write_text(yaml.safe_dump(few))
+    shutil.copytree(raw, place / "MKG-W")
+    shell = f'eval "$("{CLUSTER}/local.sh" env)"\n{printed} modalities=[structure] "launch.workers=[1,2]"'
+    own = {"MOCME_CLUSTER_DIR": str(folder), "MOCME_CLUSTER_PORT": str(ports)}
+    own["MOCME_CLUSTER_DASHBOARD_PORT"] = str(ports + 1)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=place, env={**env, **own}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0 and '"split": "test"' in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert json.loads((place / "runs" / "mkg_w" / "run_status.json").read_text())["state"] == "done"
+
+
 def listeners(folder: Path) -> list[str]:
     """Addresses on which processes of this head listen; its folder stands in their command lines."""
     import psutil
 
-    mine = {process.pid for process in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(process.info["cmdline"] or [])}
+    mine = {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(process.info["cmdline"] or [])
+    }
     found = [
-        connection.laddr.ip for connection in psutil.net_connections("tcp") if connection.status == "LISTEN" and connection.pid in mine
+        connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.status == "LISTEN" and connection.pid in mine
     ]
     assert found
     return [address.removeprefix("::ffff:") for address in found]

@@ -1,7 +1,11 @@
-"""The commands as a user meets them: help at once, one block and the right code for a mistake, and one run at a time."""
+"""The commands as a user meets them.
+
+Help at once, one block and the right code for a mistake, and one run at a time.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -17,7 +21,9 @@ from pathlib import Path
 import pytest
 
 from mocme_dist import commands
-from mocme_dist.errors import DataError
+from mocme_dist.config import load_config
+from mocme_dist.errors import ConfigError, DataError
+from mocme_dist.train import resolve_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("pack", "extract", "train", "evaluate")
@@ -36,7 +42,9 @@ TINY = [
 def run(*arguments: object, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
     """A command in a process of its own, and the CPU seconds that it took: the wall clock says more of the machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RANK", "MASTER_ADDR")} | environment
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RANK", "MASTER_ADDR")
+    } | environment
     done = subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         capture_output=True,
@@ -50,7 +58,9 @@ def run(*arguments: object, **environment: str) -> tuple[subprocess.CompletedPro
 
 
 def fails(code: int, message: str, *arguments: object, within_s: float = 5) -> None:
-    """`train` leaves with `code` in less than five seconds of CPU, and says `message` in its last line and nothing behind it."""
+    """`train` ends with `code` in less than five seconds of CPU, with `message` in its last line and
+    nothing after it.
+    """
     done, seconds = run("mocme_dist.train", *arguments)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == code, done.stderr
@@ -63,11 +73,18 @@ def fails(code: int, message: str, *arguments: object, within_s: float = 5) -> N
 def test_help_answers_at_once_and_says_enough_to_work_from(command):
     done, seconds = run(f"mocme_dist.{command}", "--help")
     assert done.returncode == 0 and done.stderr == "" and seconds < 2
-    for words in ("--config FILE", "--set KEY.PATH=VALUE", "exit codes: 0 done, 2 configuration", "mocme_dist/config/schema.py"):
-        assert words in done.stdout
-    for name in {"pack": ("RAW_DIR", "--shard-rows", "--seed"), "train": ("--resume",), "evaluate": ("RUN_DIR", "--split")}.get(
-        command, ()
+    for words in (
+        "--config FILE",
+        "--set KEY.PATH=VALUE",
+        "exit codes: 0 done, 2 configuration",
+        "`mocme config` prints all settings",
     ):
+        assert words in done.stdout
+    for name in {
+        "pack": ("RAW_DIR", "--shard-rows", "--seed"),
+        "train": ("--resume",),
+        "evaluate": ("RUN_DIR", "--split"),
+    }.get(command, ()):
         assert name in done.stdout
 
 
@@ -91,7 +108,7 @@ def test_settings_that_are_wrong_leave_with_2_before_anything_is_made(tmp_path):
     fails(2, r"train.epochs: .* greater than or equal to 1, got 0", "--set", where, *wrong)
     fails(2, r"none.yaml: configuration file cannot be read", "--config", tmp_path / "none.yaml", "--set", where)
     fails(2, r"neither data.raw nor data.dataset is set", "--set", where)
-    fails(2, r"run.resume: String should match pattern", "--set", where, "--resume", "last")
+    fails(2, r"run.resume: expected auto, none, or the step", "--set", where, "--resume", "last")
     done, _ = run("mocme_dist.train", "--confg", "x")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -137,7 +154,11 @@ def test_a_modality_that_the_data_set_lacks_leaves_with_3_before_ray_starts(tiny
     (raw_copy / "images.tsv").unlink()
     arguments = train_raw(raw_copy, tmp_path, "modalities=[structure, image]", "launch.mode=ray")
     done, _ = run("mocme_dist.train", *arguments)
-    assert done.returncode == 3 and "no image in this data set; it has structure" in done.stderr and "ray:" not in done.stderr
+    assert (
+        done.returncode == 3
+        and "no image in this data set; it has structure" in done.stderr
+        and "ray:" not in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -145,7 +166,9 @@ def test_evaluation_of_what_is_no_run_leaves_with_its_code(tmp_path, tiny_datase
     done, _ = run("mocme_dist.evaluate", tmp_path)
     assert done.returncode == 2 and "not a run directory: no config.yaml in it" in done.stderr
     done, _ = run("mocme_dist.evaluate", tmp_path, "--step", "last")
-    assert done.returncode == 2 and "expected a step number, got 'last'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "expected a step number, got 'last'" in done.stderr and "Traceback" not in done.stderr
+    )
     (tmp_path / "config.yaml").write_text(f"data: {{dataset: {tiny_dataset}}}\nmodalities: [structure]\n")
     done, _ = run("mocme_dist.evaluate", tmp_path, *TINY)
     assert done.returncode == 4 and "no checkpoint; train first" in done.stderr and "Traceback" not in done.stderr
@@ -159,7 +182,9 @@ def test_a_folder_of_something_else_is_left_untouched(tiny_dataset, tmp_path):
 
 def test_a_path_that_cannot_be_a_folder_leaves_with_7(tiny_dataset, tmp_path):
     (tmp_path / "file").write_text("")
-    fails(7, r"file/run: cannot be made", *TINY, f"data.dataset={tiny_dataset}", f"run.dir={tmp_path / 'file' / 'run'}")
+    fails(
+        7, r"file/run: cannot be created", *TINY, f"data.dataset={tiny_dataset}", f"run.dir={tmp_path / 'file' / 'run'}"
+    )
 
 
 def test_a_second_run_is_turned_away_and_a_dead_ones_lock_is_taken_over(tiny_dataset, tmp_path):
@@ -169,14 +194,20 @@ def test_a_second_run_is_turned_away_and_a_dead_ones_lock_is_taken_over(tiny_dat
     (run_dir / "config.yaml").write_text("of the first\n")
     lock = {"pid": os.getpid(), "host": socket.gethostname(), "since": "2024-02-03 04:05:06"}
     (run_dir / "lock").write_text(json.dumps(lock))
-    fails(6, rf"locked by process {os.getpid()} on \S+ since 2024-02-03 04:05:06; use another run.dir", *arguments, "train.seed=1")
+    fails(
+        6,
+        rf"locked by process {os.getpid()} on \S+ since 2024-02-03 04:05:06; use another run.dir",
+        *arguments,
+        "train.seed=1",
+    )
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "lock"]
     assert (run_dir / "config.yaml").read_text() == "of the first\n"
     # The same number, another process: as after a container's restart.
     (run_dir / "lock").write_text(json.dumps({**lock, "started": "1"}))
     done, _ = run("mocme_dist.train", *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"the lock of process {os.getpid()} on {socket.gethostname()}, which is gone, is taken over" in done.stderr
+    holder = rf"the lock of process {os.getpid()} on {re.escape(socket.gethostname())} since .*"
+    assert re.search(rf"{holder}, which has ended, is taken over", done.stderr)
     assert json.loads(done.stdout.splitlines()[-1]) == json.loads((run_dir / "metrics.json").read_text())
     assert not (run_dir / "lock").exists()
 
@@ -203,7 +234,9 @@ def test_a_signal_saves_a_checkpoint_and_leaves_with_75(tiny_dataset, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 75, errors
-    found = re.search(r"error: Preempted: stopped at step (\d+) of 3600; checkpoint saved; run the same command to go on", errors)
+    found = re.search(
+        r"error: Preempted: stopped at step (\d+) of 3600; checkpoint saved; run the same command to continue", errors
+    )
     assert found and "SIGTERM: saving a checkpoint after this step" in errors
     status = json.loads((tmp_path / "run" / "run_status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("preempted", 75, int(found[1]))
@@ -213,7 +246,13 @@ def test_a_signal_saves_a_checkpoint_and_leaves_with_75(tiny_dataset, tmp_path):
     # A torn checkpoint and no other: nothing starts from scratch in silence.
     shutil.copytree(tmp_path / "run", tmp_path / "torn")
     next((tmp_path / "torn" / "checkpoints").glob("step_*/dense.safetensors")).write_bytes(b"")
-    fails(4, r"no valid checkpoint: .*dense.safetensors has size 0", *overrides, f"run.dir={tmp_path / 'torn'}", within_s=30)
+    fails(
+        4,
+        r"no valid checkpoint: .*dense.safetensors has size 0",
+        *overrides,
+        f"run.dir={tmp_path / 'torn'}",
+        within_s=30,
+    )
 
 
 @pytest.mark.slow
@@ -247,13 +286,96 @@ def test_errors_of_the_user_are_one_line(capsys):
 
     with pytest.raises(SystemExit) as end:
         commands.run_command(broken)
-    assert end.value.code == 3 and capsys.readouterr().err == "error: DataError: train.txt:3: expected 3 fields, got 2\n"
+    assert (
+        end.value.code == 3 and capsys.readouterr().err == "error: DataError: train.txt:3: expected 3 fields, got 2\n"
+    )
 
 
 def test_an_interrupt_leaves_with_75(capsys):
     def broken() -> None:
         raise KeyboardInterrupt
 
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.raises(SystemExit) as end:
         commands.run_command(broken)
+    for number, handler in previous.items():  # it leaves its own, which end the process with the same code
+        assert signal.signal(number, handler) is not handler
     assert end.value.code == 75 and "run the same command again" in capsys.readouterr().err
+
+
+@pytest.fixture
+def in_a_job(tmp_path, monkeypatch) -> Path:
+    """A driver of `ray job submit --working-dir`, in Ray's copy of the folder.
+
+    The environment is that of a real one.
+    """
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0a62fe48"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    about = {"runtime_env": {"working_dir": "gcs://_ray_pkg_0a62fe48.zip"}, "metadata": {"job_submission_id": "x"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "module, arguments, refused",
+    [
+        ("train", ["--config", "{configs}/demo.yaml"], "run.dir=runs/demo"),
+        ("train", ["--set", "run.dir=/data/run", "data.dataset=packed"], "data.dataset=packed"),
+        ("train", ["--set", "run.dir=/data/run", "data.raw=raw"], "data.raw=raw"),
+        ("train", ["--set", "run.dir=s3://bucket/run", "data.raw=raw", "--plan"], "data.raw=raw"),
+        ("pack", ["raw", "/data/packed"], "RAW_DIR=raw"),
+        ("pack", ["/data/raw", "packed"], "DATASET_DIR=packed"),
+        ("extract", ["packed"], "DATASET_DIR=packed"),
+        ("evaluate", ["runs/demo"], "RUN_DIR=runs/demo"),
+        ("export", ["/data/run", "bundle"], "BUNDLE_DIR=bundle"),
+    ],
+)
+def test_a_relative_path_in_a_job_of_ray_is_refused_before_anything_starts(
+    module, arguments, refused, in_a_job, monkeypatch
+):
+    words = [word.format(configs=ROOT / "configs") for word in arguments]
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(ConfigError) as failed:
+        importlib.import_module(f"mocme_dist.{module}").main()
+    key, _, value = refused.partition("=")
+    assert str(failed.value).startswith(
+        f"{refused}: a relative path in a Ray job is one in a copy of the uploaded folder"
+    )
+    assert f"as in {key}=$PWD/{value} where you submit" in str(failed.value)
+    assert list(in_a_job.iterdir()) == []
+
+
+def test_a_job_without_an_uploaded_folder_is_told_the_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config([], ["run.dir=run", "data.dataset=/data/packed"])
+    assert resolve_paths(config).run.dir == str(tmp_path / "run")  # in a shell
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {}, "metadata": {}}')
+    with pytest.raises(ConfigError, match=rf"^run\.dir=run: .*, as in run\.dir={tmp_path}/run, or a URL$"):
+        resolve_paths(config)
+    there = load_config([], ["run.dir=s3://bucket/run", "data.dataset=/data/packed"])
+    assert resolve_paths(there).run.dir == "s3://bucket/run"
+
+
+def test_a_positional_argument_that_set_took_is_told(capsys):
+    from mocme_dist.commands import command_parser
+
+    parser = command_parser("evaluate", "")
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--set", "compile=off", "runs/demo"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "RUN_DIR; --set and --config take every word up to the next option: put other arguments before them" in said
+
+
+def test_an_unknown_level_of_the_log_is_a_mistake_of_configuration():
+    done, _ = run("mocme_dist.config", MOCME_LOG="LOUD")
+    assert done.returncode == 2
+    assert done.stderr == "error: ConfigError: MOCME_LOG=LOUD: expected one of DEBUG, INFO, WARNING, ERROR\n"
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:1/x", "https://127.0.0.1:1/x"])
+def test_a_web_address_is_no_folder(place):
+    with pytest.raises(ConfigError, match=r"run\.dir=https?://.*: web pages cannot be listed"):
+        commands.absolute("run.dir", place)

@@ -16,30 +16,42 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each may import those on lines above its own, and itself; `model` and `parallel` less than that.
 LAYERS = [
-    {"errors"},
-    {"partition", "compiled"},
+    {"errors", "environment", "memory"},
+    {"partition", "kernels", "console", "prefetch"},
     {"config"},
     {"data"},
+    {"importers"},
+    {"ray_loss"},
     {"cluster"},
     {"encoders", "batching", "model", "parallel"},
+    {"evidence"},
     {"evaluation"},
     {"training"},
+    {"observe"},
+    {"runs"},
     {"serving"},
     {"commands"},
 ]
-ONLY = {"model": {"errors", "compiled"}, "parallel": {"errors", "partition"}}
+ONLY = {"kernels": {"errors"}, "model": {"errors", "kernels"}, "parallel": {"errors", "partition", "kernels"}}
 OWNERS = {
+    "pyoxigraph": "importers/rdf.py",
+    "faiss": "serving/export_formats.py",
     "webdataset": "data/shards.py",
-    "ray.data": "encoders/pipeline.py",
+    "ray.data": "encoders/pools.py",
     "torchvision": "encoders/image.py",
-    "transformers": "encoders/text.py",
-    "PIL": "encoders/pictures.py",
-    "soundfile": "encoders/sounds.py",
-    "av": "encoders/films.py",
-    "deepspeed": "training/engine.py",
-    "ray.train": "training/launch.py",
-    "tensorboard": "training/log.py",
-    "torch.utils.tensorboard": "training/log.py",
+    "transformers": "encoders/pretrained.py",
+    "PIL": "encoders/image_files.py observe/heat_map.py",  # decodes; draws
+    "soundfile": "encoders/audio_files.py",
+    "av": "encoders/video_files.py",
+    "deepspeed": "training/deepspeed_engine.py",
+    "fastapi": "serving/service.py serving/service_routes.py",
+    "uvicorn": "serving/service.py",
+    "prometheus_client": "serving/service_guard.py",
+    "ray.serve": "serving/service_replicas.py",
+    "ray.train": "runs/launch.py runs/ranks_on_ray.py",  # a class of it, and what makes one
+    "tensorboard": "observe/log.py",
+    "torch.utils.tensorboard": "observe/log.py",
+    "matplotlib": "serving/report.py",
 }
 UNSAFE = {
     "pickle": r"^\s*(import|from)\s+(c?pickle|cloudpickle|dill|marshal|shelve)\b",
@@ -53,7 +65,8 @@ UNSAFE = {
 
 def package_of(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+    # `python -m mocme_dist.config` is a command, whatever package it lies in.
+    return parts[-1] if parts[-1] == "__main__" else parts[0]
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
@@ -63,7 +76,9 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*(here[: len(here) - node.level] if node.level else ()), *([node.module] if node.module else [])])
+            base = ".".join(
+                [*(here[: len(here) - node.level] if node.level else ()), *([node.module] if node.module else [])]
+            )
             yield node.lineno, base
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
@@ -91,9 +106,12 @@ def test_imports_run_downwards_only():
 @pytest.mark.parametrize("library", OWNERS)
 def test_a_heavy_library_is_imported_in_its_one_file(library):
     users = {
-        str(path.relative_to(PACKAGE)) for path in FILES for _, name in imported(path) if name == library or name.startswith(f"{library}.")
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        for _, name in imported(path)
+        if name == library or name.startswith(f"{library}.")
     }
-    assert users <= {OWNERS[library]}
+    assert users <= set(OWNERS[library].split())
 
 
 @pytest.mark.parametrize("what", UNSAFE)
@@ -109,8 +127,13 @@ def test_no_file_loads_or_runs_what_it_is_given(what):
 
 
 def test_torch_distributed_is_known_to_parallel_and_the_engine_only():
-    users = {str(path.relative_to(PACKAGE)) for path in FILES for _, name in imported(path) if name.startswith("torch.distributed")}
-    assert {user for user in users if not user.startswith("parallel/")} <= {"training/engine.py"}
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        for _, name in imported(path)
+        if name.startswith("torch.distributed")
+    }
+    assert {user for user in users if not user.startswith("parallel/")} <= {"training/deepspeed_engine.py"}
 
 
 def test_every_module_class_and_public_function_has_a_docstring():
@@ -120,7 +143,9 @@ def test_every_module_class_and_public_function_has_a_docstring():
         if path.read_text(encoding="utf8").strip() and ast.get_docstring(tree) is None:
             missing.append(f"{path.relative_to(PACKAGE)}")
         for node in ast.walk(tree):
-            named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            named = isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            ) and not node.name.startswith("_")
             if named and ast.get_docstring(node) is None and not _is_inner(tree, node):
                 missing.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
     assert missing == []
@@ -131,16 +156,17 @@ def _is_inner(tree: ast.Module, wanted: ast.AST) -> bool:
     outer = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or (isinstance(node, ast.ClassDef) and node.name.startswith("_"))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.ClassDef) and node.name.startswith("_"))
     ]
     return any(wanted in ast.walk(node) for node in outer if node is not wanted)
 
 
-def test_functions_stay_under_eighty_lines_and_files_under_four_hundred():
+def test_functions_stay_under_eighty_lines_and_files_under_four_hundred_and_fifty():
     long = []
     for path in FILES:
         text = path.read_text(encoding="utf8")
-        long += [f"{path.relative_to(PACKAGE)}: {text.count(chr(10))} lines"] if text.count("\n") > 400 else []
+        long += [f"{path.relative_to(PACKAGE)}: {text.count(chr(10))} lines"] if text.count("\n") > 450 else []
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= 80:
                 long.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
@@ -150,7 +176,10 @@ def test_functions_stay_under_eighty_lines_and_files_under_four_hundred():
 @pytest.mark.parametrize(
     "module, forbidden",
     [
-        ("mocme_dist.model.mocme", ("ray", "deepspeed", "transformers", "tensorboard", "torchvision", "webdataset", "pyarrow", "pydantic")),
+        (
+            "mocme_dist.model.mocme",
+            ("ray", "deepspeed", "transformers", "tensorboard", "torchvision", "webdataset", "pyarrow", "pydantic"),
+        ),
         ("mocme_dist", ("torch", "numpy", "pandas", "pyarrow", "pydantic")),
         ("mocme_dist.serving.predict", ("torch", "ray", "transformers", "pandas", "pydantic", "pyarrow")),
         ("mocme_dist.data.packing", ("torch", "ray", "deepspeed", "transformers", "tensorboard")),

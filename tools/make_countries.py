@@ -2,7 +2,7 @@
 
 `python -m tools.make_countries OUT_DIR` reads the packages of the `[demo]` extra and downloads nothing. The same
 seed and package versions give the same bytes, pictures included. OUT_DIR gets train.txt, valid.txt, test.txt,
-text.tsv, numeric.tsv, images.tsv, images/*.png and SOURCES.md.
+text.tsv, numeric.tsv, relations.tsv, images.tsv, images/*.png and SOURCES.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from mocme_dist.commands import run_command
 from mocme_dist.data.files import write_bytes
 from mocme_dist.errors import ConfigError
-from tools.countries.facts import Fact, Graph, build_graph
+from tools.countries.facts import RELATION_LABELS, Fact, Graph, build_graph
 from tools.countries.pictures import flag_png, outline_png
 from tools.countries.sources import SOURCES, load_world, source_versions
 from tools.countries.split import SPLITS, split_facts
@@ -49,6 +49,7 @@ def make_countries(out: Path, seed: int, max_cities: int) -> str:
         _write_rows(out / f"{split}.txt", facts)
     rows = ((name, graph.labels[name], "; ".join(texts[name])) for name in sorted(graph.kinds))
     _write_rows(out / "text.tsv", [("entity", "label", "description"), *rows])
+    _write_rows(out / "relations.tsv", [("id", "label"), *sorted(RELATION_LABELS.items())])
     numbers = ((name, key, f"{value:g}") for name, own in sorted(graph.numbers.items()) for key, value in own.items())
     _write_rows(out / "numeric.tsv", [("entity", "attribute", "value"), *numbers])
     num_pictures = _write_pictures(out, graph)
@@ -64,16 +65,23 @@ def describe(graph: Graph) -> dict[str, list[str]]:
     for head, _, tail in graph.facts:
         answers[head] |= entity_names(graph, tail)
         answers[tail] |= entity_names(graph, head)
-    countries = {alias for name, kind in graph.kinds.items() if kind == "country" for alias in entity_names(graph, name)}
+    countries = {
+        alias for name, kind in graph.kinds.items() if kind == "country" for alias in entity_names(graph, name)
+    }
     nothing: set[str] = set()
     return {
-        name: clean_pieces(graph.aliases.get(name, []), graph.labels[name], answers[name], nothing if kind == "country" else countries)
+        name: clean_pieces(
+            graph.aliases.get(name, []), graph.labels[name], answers[name], nothing if kind == "country" else countries
+        )
         for name, kind in graph.kinds.items()
     }
 
 
 def entity_names(graph: Graph, name: str) -> set[str]:
-    """Folded names under which an entity would be recognised: its own, and a country's spellings of four letters or more."""
+    """Folded names under which an entity would be recognised.
+
+    Its own, and a country's spellings of four letters or more.
+    """
     own = {core_name(name), core_name(graph.labels[name])}
     if graph.kinds[name] == "country":
         own |= {folded for alias in graph.aliases.get(name, []) if len(folded := fold(alias)) > 3}
@@ -84,7 +92,11 @@ def _spelled_out_facts(graph: Graph, texts: dict[str, list[str]]) -> set[Fact]:
     """Facts that a label gives away; they stay in train."""
     full = {name: "; ".join([graph.labels[name], *texts[name]]) for name in graph.kinds}
     names = {name: entity_names(graph, name) for name in graph.kinds}
-    return {fact for fact in graph.facts if spelled_out((full[fact.head], full[fact.tail]), (names[fact.head], names[fact.tail]))}
+    return {
+        fact
+        for fact in graph.facts
+        if spelled_out((full[fact.head], full[fact.tail]), (names[fact.head], names[fact.tail]))
+    }
 
 
 def _write_rows(path: Path, rows: Iterable[tuple[str, ...]]) -> None:
@@ -122,7 +134,11 @@ def _table(graph: Graph, splits: dict[str, list[Fact]], texts: dict[str, list[st
     for relation in sorted(by_relation["train"]):
         lines.append(f"{relation:<18}" + "".join(f"{by_relation[split][relation]:>8,}" for split in SPLITS))
     lines.append(f"{'all':<18}" + "".join(f"{len(splits[split]):>8,}" for split in SPLITS))
-    present = {"label": total, "description": sum(map(bool, texts.values())), "numbers": sum(map(bool, graph.numbers.values()))}
+    present = {
+        "label": total,
+        "description": sum(map(bool, texts.values())),
+        "numbers": sum(map(bool, graph.numbers.values())),
+    }
     present["picture"] = len(num_pictures)
     lines.append("share of entities with " + ", ".join(f"{what} {n / total:.0%}" for what, n in present.items()))
     return "\n".join(lines)
@@ -141,7 +157,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.make_countries", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write the raw graph to")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the choice of provinces (default 0)")
-    parser.add_argument("--max-cities", type=int, default=DEFAULT_CITIES, help=f"cities besides the capitals (default {DEFAULT_CITIES})")
+    parser.add_argument(
+        "--max-cities", type=int, default=DEFAULT_CITIES, help=f"cities besides the capitals (default {DEFAULT_CITIES})"
+    )
     args = parser.parse_args()
     print(make_countries(args.out, args.seed, args.max_cities))
 

@@ -23,18 +23,32 @@ def main() -> None:
     parser.add_argument("--entities", type=int, default=10_000, metavar="N")
     parser.add_argument("--triples", type=int, default=40_000, metavar="T", help="lines over all splits; some repeat")
     parser.add_argument("--relations", type=int, default=16, metavar="R")
-    parser.add_argument("--factors", type=int, nargs=2, default=(8, 8), metavar=("A", "B"), help="sizes of the two latent factors")
+    parser.add_argument(
+        "--factors", type=int, nargs=2, default=(8, 8), metavar=("A", "B"), help="sizes of the two latent factors"
+    )
     parser.add_argument("--exponent", type=float, default=0.8, help="of the Zipf popularities, not 1")
-    parser.add_argument("--modalities", nargs="*", choices=[m.name for m in MODALITIES], default=[m.name for m in MODALITIES])
+    parser.add_argument(
+        "--modalities", nargs="*", choices=[m.name for m in MODALITIES], default=[m.name for m in MODALITIES]
+    )
     parser.add_argument("--width", type=int, default=32, help="numbers of a feature vector")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--packed", action="store_true", help="a packed data set with features, in place of a raw folder")
+    parser.add_argument(
+        "--packed", action="store_true", help="a packed data set with features, in place of a raw folder"
+    )
     parser.add_argument("--shard-rows", type=int, default=4096, help="with --packed: entities per shard")
     args = parser.parse_args()
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"{args.out}: not empty; choose a new folder")
     modalities = tuple(replace(m, width=args.width) for m in MODALITIES if m.name in args.modalities)
-    graph = Planted(args.entities, args.triples, args.relations, tuple(args.factors), args.exponent, seed=args.seed, modalities=modalities)
+    graph = Planted(
+        args.entities,
+        args.triples,
+        args.relations,
+        tuple(args.factors),
+        args.exponent,
+        seed=args.seed,
+        modalities=modalities,
+    )
     if args.packed:
         from tools.synthetic.packed import write_packed
 

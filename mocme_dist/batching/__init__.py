@@ -1,1 +1,1 @@
-"""From (seed, step) to the tensors of a batch; the same global batches at any world size."""
+"""Makes the tensors of a batch from (seed, step); global batches are the same at any world size."""

@@ -1,8 +1,8 @@
 """The tensors of one rank's share of a global batch.
 
 A global batch is cut into chunks of `chunk_size` queries that share a pool of N negatives; chunk c goes to rank
-c % world_size. Chunks, pools and masks do not depend on the world size, so the global batch never does. Short
-chunks and ranks without one are filled with queries of weight 0: shapes are the same at every step.
+c % world_size. Chunks, pools and masks do not depend on the world size, so neither does the global batch. Short
+chunks and ranks without a chunk are padded with queries of weight 0, so shapes are the same at every step.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from torch import Tensor
 
 from mocme_dist.batching.sampler import QuerySampler, negative_pool
 
-# A query with so many times as many answers as its pool has entities is a hub's: a search for each entity costs less.
+# A query with more than this many answers per entity of its pool belongs to a hub: searching each entity costs less.
 _HUB = 16
 
 
-class Answers(Protocol):
-    """What the masks need of a set of known answers (data/known.py has it)."""
+class KnownSpans(Protocol):
+    """Known answers as the masks read them; data/known.py implements it."""
 
     targets: np.ndarray
 
     def spans(self, source: np.ndarray, relation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the ascending answers of Q queries start in `targets`, and how many there are."""
+        """Return where the ascending answers of Q queries start in `targets`, and how many there are."""
 
     def gather(self, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """The targets of spans, one after another."""
+        """Return the targets of spans, concatenated."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's chunks; G chunks of b queries each, N negatives a chunk, U unique entities.
+    """One rank's chunks: G chunks of b queries, N negatives per chunk, U unique entities.
 
     Attributes:
         step: the global step.
         ids_U: (U,) ascending unique entity ids that this rank scores.
         source_Gb, target_Gb, pool_GN: positions in ids_U.
         relation_Gb, sign_Gb: relation ids, and +1 for tail queries, -1 for head queries.
-        weight_Gb: 1 for a query, 0 for filling.
-        allowed_GbN: False where a pool entry is a known answer of the query (it is no negative).
+        weight_Gb: 1 for a query, 0 for padding.
+        allowed_GbN: False where a pool entry is a known answer of the query, and so no negative.
         total: number of real queries in the whole global batch, the loss's normaliser.
     """
 
@@ -59,7 +59,7 @@ class Batch:
     total: int
 
     def moved(self, send: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with its tensors where `send` brings them."""
+        """Return the batch with its tensors moved by `send`."""
         tensors = {name: send(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return Batch(**{**vars(self), **tensors})
 
@@ -74,14 +74,14 @@ class BatchMaker:
         sampler: order of the queries.
         chunk_size: queries that share a pool.
         num_negatives: N; 0 makes every entity a candidate (one_vs_all).
-        rank, world_size: whose share to make.
-        parts: how many batches a rank's share of a step is cut into.
+        rank, world_size: the rank whose share is made, and their number.
+        parts: number of batches that a rank's share of a step is cut into.
     """
 
     def __init__(
         self,
         triples_T3: np.ndarray,
-        known: Answers,
+        known: KnownSpans,
         num_entities: int,
         sampler: QuerySampler,
         chunk_size: int,
@@ -96,8 +96,17 @@ class BatchMaker:
         self.parts, self.chunks_per_part = parts, -(-chunks // (world_size * parts))
         self._slots = np.full(num_entities, -1, dtype=np.int32)
 
+    @property
+    def most_ids(self) -> int:
+        """The most unique entities that a batch can have, unless the graph has fewer."""
+        G, b = self.chunks_per_part, self.chunk_size
+        return 2 * G * b + (G * self.num_negatives if self.num_negatives else self.num_entities)
+
     def make(self, step: int, part: int = 0) -> Batch:
-        """A part of this rank's share of the batch of `step`; shapes are the same for every step, part and rank."""
+        """Return a part of this rank's share of the batch of `step`.
+
+        Shapes are the same for all steps, parts, ranks.
+        """
         queries = self.sampler.queries(step)
         G, b = self.chunks_per_part, self.chunk_size
         chunk_G = np.arange(part * G, (part + 1) * G) * self.world_size + self.rank
@@ -114,11 +123,13 @@ class BatchMaker:
                 a.reshape(1, -1) for a in (source_Gb, relation_Gb, direction_Gb, target_Gb, real_Gb)
             )
         G, b = source_Gb.shape
-        # A chunk that is all filling borrows the first chunk's pool: rows that nobody needs must not be asked for,
-        # because the table's optimizer moves every row of a step, by its momentum if not by a gradient.
+        # A chunk of padding only uses the first chunk's pool. Rows that no query needs must not be requested, because
+        # the table's optimizer moves every row of a step, by its momentum if not by a gradient.
         pool_GN = self._pools(step, np.where(chunk_G * self.chunk_size < len(queries), chunk_G, 0))
         allowed_GbN = ~self._known_in_pool(source_Gb, relation_Gb, direction_Gb, pool_GN)
-        ids_U, index = np.unique(np.concatenate([source_Gb.ravel(), target_Gb.ravel(), pool_GN.ravel()]), return_inverse=True)
+        ids_U, index = np.unique(
+            np.concatenate([source_Gb.ravel(), target_Gb.ravel(), pool_GN.ravel()]), return_inverse=True
+        )
         source, target, pool = np.split(index, [G * b, 2 * G * b])
         return Batch(
             step=step,
@@ -136,20 +147,24 @@ class BatchMaker:
     def _pools(self, step: int, chunk_G: np.ndarray) -> np.ndarray:
         if self.num_negatives == 0:
             return np.arange(self.num_entities)[None]
-        return np.stack([negative_pool(self.sampler.seed, step, int(c), self.num_negatives, self.num_entities) for c in chunk_G])
+        return np.stack(
+            [negative_pool(self.sampler.seed, step, int(c), self.num_negatives, self.num_entities) for c in chunk_G]
+        )
 
-    def _known_in_pool(self, source_Gb: np.ndarray, relation_Gb: np.ndarray, direction_Gb: np.ndarray, pool_GN: np.ndarray) -> np.ndarray:
-        """(G, b, N) True where the pool's entity is a known answer of the query, its own target included."""
+    def _known_in_pool(
+        self, source_Gb: np.ndarray, relation_Gb: np.ndarray, direction_Gb: np.ndarray, pool_GN: np.ndarray
+    ) -> np.ndarray:
+        """Return (G, b, N), True where the pool's entity is a known answer of the query, its own target included."""
         G, b = source_Gb.shape
         known_GbN = np.zeros((G, b, pool_GN.shape[1]), dtype=bool)
         spans = self.known.spans(source_Gb.ravel(), relation_Gb.ravel(), direction_Gb.ravel())
         start_Gb, length_Gb = (part.reshape(G, b) for part in spans)
-        # Where a hub is asked for, the pool is looked for among its answers: they would fill the memory, once for each query.
+        # For a hub's query each entity of the pool is searched in its answers: listing those could fill the memory.
         hub_Gb = length_Gb > _HUB * pool_GN.shape[1]
         short_Gb = np.where(hub_Gb, 0, length_Gb)
-        for g in range(G):  # a chunk at a time, for the same reason
+        for g in range(G):  # one chunk at a time, for the same reason
             pool = pool_GN[g]
-            # A table of the pool's places answers all queries of the chunk in one pass; ids drawn twice share a place.
+            # A table of the pool's places serves all queries of the chunk in one pass; ids drawn twice share a place.
             self._slots[pool] = np.arange(len(pool))
             slot = self._slots[self.known.gather(start_Gb[g], short_Gb[g])]
             hit = slot >= 0

@@ -1,4 +1,4 @@
-"""Which queries a step trains on: a pure function of (seed, step), without state and without a stored permutation.
+"""Chooses the queries of a step: a pure function of (seed, step), without state or a stored permutation.
 
 An epoch visits every query once. Query q of a training set of T triples is triple q // 2 in direction q % 2
 (0 asks for the tail, 1 for the head). The order is a keyed permutation of [0, 2T) that is computed, not stored, so
@@ -26,7 +26,7 @@ def mix64(value: np.ndarray) -> np.ndarray:
 
 
 def key64(*numbers: int) -> np.uint64:
-    """One 64-bit key of several integers; order matters."""
+    """Return one 64-bit key for several integers; their order matters."""
     key = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         key = mix64(key ^ np.uint64(number & 0xFFFFFFFFFFFFFFFF))
@@ -34,18 +34,18 @@ def key64(*numbers: int) -> np.uint64:
 
 
 def permute(positions: np.ndarray, size: int, key: np.uint64) -> np.ndarray:
-    """Images of `positions` under a keyed permutation of [0, size).
+    """Return the images of `positions` under a keyed permutation of [0, size).
 
     A balanced Feistel network over the next power of four, walked until the image falls inside: bijective for
     every size and key, at most four steps on average, O(1) memory.
 
     Args:
         positions: (n,) integers in [0, size).
-        size: how many numbers are permuted.
-        key: chooses the permutation.
+        size: count of numbers that are permuted.
+        key: selects the permutation.
 
     Returns:
-        (n,) int64, all different when `positions` are.
+        (n,) int64, distinct if `positions` are.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
@@ -71,16 +71,16 @@ class QuerySampler:
 
     @property
     def num_queries(self) -> int:
-        """Two of each triple."""
+        """Queries per epoch: two per triple."""
         return 2 * self.num_triples
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch may hold fewer queries."""
+        """Steps per epoch; the last one may have fewer queries."""
         return -(-self.num_queries // self.batch_size)
 
     def queries(self, step: int) -> np.ndarray:
-        """(n,) query numbers of `step`, n <= batch_size; every epoch of steps holds each number once."""
+        """Return the (n,) query numbers of `step`, n <= batch_size; an epoch of steps has each number once."""
         epoch, within = divmod(step, self.steps_per_epoch)
         block, place = divmod(within, _BLOCK_STEPS)
         return _block(self, epoch, block)[place * self.batch_size : (place + 1) * self.batch_size]
@@ -88,7 +88,7 @@ class QuerySampler:
 
 @lru_cache(maxsize=2)
 def _block(sampler: QuerySampler, epoch: int, block: int) -> np.ndarray:
-    """The queries of _BLOCK_STEPS steps: a walk of few numbers takes as long as one of many."""
+    """Return the queries of _BLOCK_STEPS steps: permuting few numbers takes as long as permuting many."""
     size = _BLOCK_STEPS * sampler.batch_size
     positions = np.arange(block * size, min((block + 1) * size, sampler.num_queries))
     queries = permute(positions, sampler.num_queries, key64(sampler.seed, 1, epoch))
@@ -97,6 +97,6 @@ def _block(sampler: QuerySampler, epoch: int, block: int) -> np.ndarray:
 
 
 def negative_pool(seed: int, step: int, chunk: int, count: int, num_entities: int) -> np.ndarray:
-    """(count,) entity ids drawn uniformly with replacement for one chunk: a pure function of its arguments."""
+    """Return (count,) entity ids drawn uniformly with replacement for one chunk, a pure function of the arguments."""
     counters = np.arange(count, dtype=np.uint64) ^ key64(seed, 2, step, chunk)
     return (mix64(counters) % np.uint64(num_entities)).astype(np.int64)

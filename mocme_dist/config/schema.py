@@ -1,8 +1,8 @@
-"""Every setting there is, with its default, its range and one sentence on what it does.
+"""Every setting with its default, its range and a sentence on what it does.
 
-Defaults live here, those of encoders in `config.encoders`, and nowhere else; a file in configs/ holds differences only.
-Code takes the section it needs.
-Where a value is the paper's it says so; the others are ours.
+Defaults are defined here, in `config.encoders`, `config.evaluation`, `config.model` and `config.train`, and nowhere
+else; a file in configs/ holds differences only. They are the values that measured best; where the paper has another
+value the description gives it, and configs/paper.yaml is the paper's form as a whole. Code takes the section it needs.
 """
 
 from __future__ import annotations
@@ -19,20 +19,33 @@ from mocme_dist.config.encoders import (
     TextEncoderConfig,
     VideoEncoderConfig,
 )
+from mocme_dist.config.evaluation import BlendConfig, EvaluationConfig, EvidenceConfig
+from mocme_dist.config.model import (
+    ExpertsConfig,
+    FusionConfig,
+    MineConfig,
+    ProjectionConfig,
+    RelationsConfig,
+    RotateConfig,
+)
 from mocme_dist.config.section import Section
+from mocme_dist.config.train import TrainConfig
 
 __all__ = [
     "AudioEncoderConfig",
+    "BlendConfig",
     "EncodersConfig",
+    "EvaluationConfig",
+    "EvidenceConfig",
     "ImageEncoderConfig",
     "NumericEncoderConfig",
     "TextEncoderConfig",
+    "TrainConfig",
     "VideoEncoderConfig",
 ]
 
 MODALITIES = ("structure", "text", "image", "numeric", "audio", "video")
 Modality = Literal["structure", "text", "image", "numeric", "audio", "video"]
-Precision = Literal["float32", "bfloat16x3", "bfloat16"]
 
 
 def _check_dev(value: str) -> str:
@@ -48,33 +61,66 @@ def _check_dev(value: str) -> str:
     return value
 
 
-class DataConfig(Section):
-    """Where the graph comes from and how strict its reading is."""
+def _split_names(value: Any) -> Any:
+    """A list of names from text, as `--set modalities=structure,text` gives it."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) and value != "auto" else value
 
-    raw: str | None = Field(None, description="Raw folder; train packs and extracts whatever is missing from it.")
-    dataset: str | None = Field(None, description="Packed data set directory; with data.raw the default is RUN_DIR/dataset.")
-    shard_rows: int = Field(4096, ge=1, description="Entities per WebDataset shard.")
-    seed: int = Field(0, ge=0, description="Seed of the permutation that gives entities their ids, and of the dev cut.")
-    dev: Annotated[str, AfterValidator(_check_dev)] = Field(
-        "file", description="Development set: 'file' is valid.txt; 'cut:F' holds the share F of train out instead (for leaked valid files)."
+
+class DataConfig(Section):
+    """Location of the graph, and how strictly it is read."""
+
+    raw: str | None = Field(None, description="Raw folder; train packs it and extracts features as needed.")
+    dataset: str | None = Field(
+        None, description="Directory of the packed data set; with data.raw the default is RUN_DIR/dataset."
     )
-    text_columns: tuple[str, ...] = Field(
-        ("label", "description", "aliases"), min_length=1, description="Columns of text.tsv that make an entity's text, in this order."
+    shard_rows: int = Field(4096, ge=1, le=2**24, description="Entities per WebDataset shard.")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Seed of the permutation that gives entities their ids, and of the dev cut."
+    )
+    dev: Annotated[str, AfterValidator(_check_dev)] = Field(
+        "file",
+        description="Development set: 'file' is valid.txt; 'cut:F' holds out the share F of train instead (for valid "
+        "files with leakage).",
+    )
+    text_columns: Annotated[tuple[str, ...] | None, BeforeValidator(_split_names)] = Field(
+        None,
+        min_length=1,
+        description="Columns of text.tsv that form an entity's text, in this order; None takes all of them, label "
+        "first.",
+    )
+    label_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Column of text.tsv that holds the labels people read; unset takes the first one that is named "
+        "label, name or title. A column aliases (separated by |) is read as well, and relations.tsv for relations.",
     )
     unseen: Literal["error", "skip", "keep"] = Field(
         "error",
-        description="Valid and test triples whose entity or relation train never shows: stop, leave out, or rank them all the same.",
+        description="What to do with valid and test triples whose entity or relation is not in train: stop, leave them "
+        "out, or rank them.",
     )
-    allow_leakage: bool = Field(False, description="Accept test triples that also stand in train.")
-    max_missing: float = Field(1.0, ge=0, le=1, description="Largest share of entities without any modality that is accepted.")
+    title: str | None = Field(None, description="Name of the graph, for the card of a bundle.")
+    source: str | None = Field(None, description="Where the data came from, for the card of a bundle.")
+    license: str | None = Field(None, description="Licence of the data, for the card of a bundle.")
+    allow_leakage: bool = Field(False, description="Accept test triples that are in train, too.")
+    twins: Literal["report", "join"] = Field(
+        "report",
+        description="Entity names that differ in Unicode form or in invisible characters alone: pack reports them, or "
+        "makes one entity of them.",
+    )
+    max_missing: float = Field(1.0, ge=0, le=1, description="Largest accepted share of entities without any modality.")
 
 
 class FeaturesConfig(Section):
-    """How a rank holds the features of its entities while training."""
+    """How a rank holds the features of its entities during training."""
 
-    residency: Literal["host", "device", "mmap"] = Field("host", description="Host memory, device memory, or mapped from disk.")
+    residency: Literal["host", "device", "mmap"] = Field(
+        "host", description="Features in host memory, in device memory, or memory-mapped from disk."
+    )
     on_bad: Literal["error", "mask"] = Field(
-        "error", description="Stored values that are not finite stop the run, or make their entities absent with a warning."
+        "error",
+        description="What stored values that are not finite do: error stops the run; mask makes their entities absent, "
+        "with a warning.",
     )
 
 
@@ -83,174 +129,98 @@ class EntitiesConfig(Section):
 
     sharding: Literal["rows", "zero"] = Field(
         "rows",
-        description="rows: each rank holds a range, outside the engine, and a step moves the rows it touched. zero: an ordinary "
-        "parameter of the engine under deepspeed.stage and its Adam; every step moves all rows (small graphs, and as a control).",
+        description="rows: each rank holds a range of rows outside the engine, and a step updates the rows it touched. "
+        "zero: an ordinary parameter of the engine under deepspeed.stage with its Adam; every step updates all rows "
+        "(for small graphs, and as a control).",
     )
     optimizer: Literal["auto", "adam", "adagrad"] = Field(
         "auto",
-        description="Row-wise optimizer on touched rows: adam keeps two moments of D numbers a row, adagrad one number; "
-        "auto is adam up to 1,000,000 entities and adagrad above.",
+        description="Row-wise optimizer on touched rows: adam keeps two moments of D numbers per row, adagrad one "
+        "number; auto is adam up to 1,000,000 entities and adagrad above.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the rows; bfloat16 halves the table, and rounds updates at random so that small ones count on average."
+        "float32",
+        description="Type of the rows; bfloat16 halves the table and rounds updates stochastically, so that small ones "
+        "count on average.",
     )
-    learning_rate: float | None = Field(None, gt=0, description="Of the rows; None takes train.learning_rate.")
-    init_range: float = Field(1.0, gt=0, description="Rows start uniform in [-r, r]; fused vectors are scaled by RotatE's (gamma + 2) / D.")
-    row_weight_decay: float = Field(0.0, ge=0, description="L2 penalty on touched rows, added to their gradient.")
+    learning_rate: float | None = Field(
+        0.05, gt=0, le=1e30, description="Learning rate of the rows; None takes train.learning_rate."
+    )
+    init_range: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="Rows start uniform in [-r, r]; fused vectors are scaled by RotatE's (gamma + 2) / D.",
+    )
+    row_weight_decay: float = Field(
+        0.0, ge=0, le=1e6, description="L2 penalty on touched rows, added to their gradient."
+    )
 
     @model_validator(mode="after")
     def _in_engine(self) -> EntitiesConfig:
         if self.sharding == "zero" and self.optimizer == "adagrad":
-            raise ValueError("optimizer adagrad with sharding zero; expected auto or adam, the engine's")
+            raise ValueError("optimizer adagrad with sharding zero; expected auto or adam")
         if self.sharding == "zero" and self.dtype == "bfloat16":
             raise ValueError("dtype bfloat16 with sharding zero; set deepspeed.bf16 instead")
         return self
 
 
-class ProjectionConfig(Section):
-    """Linear-ReLU-Linear from a modality's raw width to D, one a modality."""
-
-    hidden: int | None = Field(None, ge=1, description="Width of the hidden layer; None is D.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="On projected features.")
-    structure: Literal["mlp", "identity"] = Field(
-        "mlp", description="Whether the structure row passes the projection (paper: mlp) or skips it."
-    )
-
-
-class ExpertsConfig(Section):
-    """Mixture of K experts inside each modality, no gate."""
-
-    num_experts: int = Field(
-        3, ge=1, description="K; equal for all modalities so that they run as one batched product (paper: number of modalities)."
-    )
-    width: int = Field(
-        256, ge=2, multiple_of=2, description="D, width in real numbers; read as D / 2 complex numbers when scoring (paper: 256)."
-    )
-    kind: Literal["mlp", "identity"] = Field(
-        "mlp", description="identity: the one view of a modality is its projection; with structure alone the model is plain RotatE."
-    )
-    residual: bool = Field(False, description="Expert k gives x + f_k(x) instead of f_k(x).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="On the experts' hidden layer.")
-    recompute: bool = Field(
-        False, description="Backward computes the hidden layers again instead of keeping them: less memory, more time, equal gradients."
-    )
-
-
-class MineConfig(Section):
-    """Mutual information by Donsker-Varadhan statistics networks, one a pair."""
-
-    hidden: int = Field(64, ge=1, description="Width of the statistics networks.")
-    learning_rate: float = Field(1e-3, gt=0, description="Of the statistics networks; they ascend the bound on detached views.")
-    ema: float = Field(0.95, ge=0, lt=1, description="Decay of the moving average of the estimates that the fusion uses.")
-    bounded: bool = Field(
-        True,
-        description="Estimate on held-out entities, clip T and cap at log n. False: the paper's raw estimate from the rows it trained on.",
-    )
-    clip: float = Field(10.0, gt=0, description="With bounded: |T| is clipped to this inside the exponential (SMILE).")
-    every: int = Field(1, ge=1, description="Estimate and train the networks at every n-th step.")
-    rows: int = Field(0, ge=0, description="Use at most this many rows of a rank's batch for the estimate; 0 uses all.")
-    precision: Precision = Field(
-        "float32",
-        description="Of what the networks' products multiply in training; sums and parameters stay float32. See train.precision.",
-    )
-
-
-class FusionConfig(Section):
-    """Complementarity weights: intra-modal over experts, then inter-modal over modalities."""
-
-    estimator: Literal["mine", "cosine", "uniform", "attention"] = Field(
-        "mine", description="What the weights come from; the others are controls."
-    )
-    scope: Literal["global", "entity"] = Field(
-        "global", description="One weight a pair for all entities, or the pointwise term of each entity."
-    )
-    weight_gradient: Literal["stop", "flow"] = Field(
-        "stop", description="Whether the completion loss reaches the views through the weights."
-    )
-    temperature: float = Field(1.0, gt=0, description="Divides mutual information before the softmax.")
-    normalize: bool = Field(True, description="Divide mutual information by log n before the softmax (paper: false).")
-
-
-class RotateConfig(Section):
-    """RotatE scores: gamma minus the distance."""
-
-    gamma: float = Field(12.0, gt=0, description="Margin; a score is gamma minus the sum of complex moduli.")
-
-
 class NegativesConfig(Section):
-    """Negatives are drawn uniformly and shared by the queries of a chunk."""
+    """Negatives, drawn uniformly and shared by the queries of a chunk."""
 
-    count: int = Field(128, ge=1, description="N, negatives of each query.")
-    chunk_size: int = Field(128, ge=1, description="Queries that share one pool of N negatives.")
+    count: int = Field(128, ge=1, le=2**24, description="N, negatives per query.")
+    chunk_size: int = Field(128, ge=1, le=2**24, description="Queries that share one pool of N negatives.")
     weighting: Literal["entropy", "self_adversarial", "uniform", "entropy_adversarial"] = Field(
-        "entropy", description="Weights of negatives in the loss (paper: entropy)."
+        "entropy_adversarial", description="Weights of negatives in the loss (paper: entropy)."
     )
-    easy_below: float = Field(0.2, ge=0, le=1, description="delta 1: binary entropy in bits under which a negative is Easy (paper: 0.2).")
-    hard_from: float = Field(0.8, ge=0, le=1, description="delta 2: entropy in bits from which a negative is Hard (paper: 0.8).")
-    weight_easy: float = Field(0.5, ge=0, description="lambda of Easy negatives.")
-    weight_ambiguous: float = Field(1.0, ge=0, description="lambda of Ambiguous negatives.")
-    weight_hard: float = Field(2.0, ge=0, description="lambda of Hard negatives.")
-    temperature: float = Field(1.0, gt=0, description="alpha of self-adversarial weights.")
+    easy_below: float = Field(
+        0.2, ge=0, le=1, description="delta 1: binary entropy in bits below which a negative is Easy (paper: 0.2)."
+    )
+    hard_from: float = Field(
+        0.8, ge=0, le=1, description="delta 2: entropy in bits from which a negative is Hard (paper: 0.8)."
+    )
+    weight_easy: float = Field(0.5, ge=0, le=1e6, description="lambda of Easy negatives.")
+    weight_ambiguous: float = Field(1.0, ge=0, le=1e6, description="lambda of Ambiguous negatives.")
+    weight_hard: float = Field(2.0, ge=0, le=1e6, description="lambda of Hard negatives.")
+    temperature: float = Field(1.0, gt=0, le=1e6, description="alpha of self-adversarial weights.")
 
     @model_validator(mode="after")
     def _ordered(self) -> NegativesConfig:
         if self.easy_below > self.hard_from:
-            raise ValueError(f"easy_below {self.easy_below} lies above hard_from {self.hard_from}; expected easy_below <= hard_from")
+            raise ValueError(
+                f"easy_below {self.easy_below} is above hard_from {self.hard_from}; expected easy_below <= hard_from"
+            )
+        if not self.weight_easy < self.weight_ambiguous < self.weight_hard:
+            raise ValueError(
+                f"weight_easy {self.weight_easy}, weight_ambiguous {self.weight_ambiguous} and weight_hard "
+                f"{self.weight_hard} do not increase; expected weight_easy < weight_ambiguous < weight_hard (weighting "
+                "uniform ignores them)"
+            )
         return self
-
-
-class TrainConfig(Section):
-    """The loop."""
-
-    loss: Literal["contrastive", "one_vs_all"] = Field(
-        "contrastive", description="Weighted contrastive loss (paper), or softmax over all entities."
-    )
-    epochs: int = Field(1000, ge=1, description="Passes over all queries: each triple is two queries (paper: 1000).")
-    batch_size: int = Field(1024, ge=1, description="Queries per step, over all ranks (paper: 1024).")
-    learning_rate: float = Field(1e-3, gt=0, description="Of the dense parameters.")
-    precision: Precision = Field(
-        "float32",
-        description="Of what products of projections and experts multiply in training; sums, parameters, distances and evaluation stay "
-        "float32. bfloat16 is fast where the hardware has it (GPUs, CPUs with AMX or AVX512-BF16) and slow on other CPUs. bfloat16x3 "
-        "multiplies numbers of 16 bits in three products of bfloat16: experts and statistics networks on CPUs with AMX, float32 elsewhere.",
-    )
-    cuda_graphs: bool = Field(False, description="Launch the loss's kernels together on a GPU, recorded once. Needs compile.")
-    structure_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of a step's entities whose structure is hidden if they have another modality: new entities have none.",
-    )
-    gradient_clipping: float = Field(
-        0.0, ge=0, description="Largest global gradient norm, of the dense part and the rows together; 0 is off."
-    )
-    seed: int = Field(0, ge=0, description="Seed of the weights, the batches and the negatives.")
-    log_every: int = Field(50, ge=1, description="Steps between two lines of metrics.jsonl.")
-    eval_every: int = Field(10, ge=1, description="Epochs between two evaluations on valid.")
-    eval_queries: int = Field(0, ge=0, description="Evaluate on a fixed sample of so many valid queries while training; 0 takes all.")
-    checkpoint_every: int = Field(10, ge=1, description="Epochs between two checkpoints.")
-    checkpoint_steps: int = Field(0, ge=0, description="Steps between two checkpoints beside those; for long epochs. 0 never.")
-    num_to_keep: int = Field(2, ge=2, description="Checkpoints kept besides the best one.")
-    patience: int = Field(0, ge=0, description="Stop after so many evaluations without a better valid MRR; 0 never.")
-    projector: int = Field(500, ge=0, le=4096, description="Entities that TensorBoard's projector shows when a run ends; 0 is none.")
-    max_nonfinite: int = Field(
-        10, ge=1, description="Consecutive steps with a non-finite loss or gradient before the run is called diverged."
-    )
 
 
 class DeepSpeedConfig(Section):
     """The engine of the dense part."""
 
     engine: Literal["auto", "deepspeed", "torch"] = Field(
-        "auto", description="auto takes DeepSpeed where it is installed; torch is the plain twin."
+        "auto",
+        description="auto takes DeepSpeed if it is installed, except for one rank on a GPU, which has nothing to share "
+        "and whose step is then recorded; torch is the plain implementation.",
     )
     stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage.")
-    bf16: bool = Field(False, description="Dense parameters and activations in bfloat16, rows stay float32; stage 0 runs as 1 then.")
+    bf16: bool = Field(
+        False,
+        description="Dense parameters and activations in bfloat16; rows stay float32. Stage 0 then runs as stage 1.",
+    )
     gradient_accumulation_steps: int = Field(
-        1, ge=1, description="Parts that a rank's share of train.batch_size is cut into; gradients add up, rows and weights move once."
+        1,
+        ge=1,
+        le=2**20,
+        description="Micro-batches per step: a rank's share of train.batch_size is cut into as many, whose gradients "
+        "add up.",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="cpu: masters and moments of the dense part in host memory; needs stage 1, 2 or 3."
+        "none", description="cpu: master weights and moments of the dense part in host memory; needs stage 1, 2 or 3."
     )
 
     @model_validator(mode="after")
@@ -260,71 +230,110 @@ class DeepSpeedConfig(Section):
         return self
 
 
-class EvaluationConfig(Section):
-    """Exact filtered ranking."""
-
-    query_block: int = Field(256, ge=1, description="Queries scored at once.")
-    tile_rows: int = Field(1024, ge=16, description="Entities scored at once; with query_block it bounds the memory.")
-    encode_rows: int = Field(4096, ge=1, description="Entities fused at once.")
-    vectors_mb: int = Field(
-        512, ge=1, description="A rank whose fused vectors need more than this makes them piece by piece, twice, instead of keeping them."
-    )
-
-
 def _check_workers(value: Any) -> Any:
     numbers = list(value) if isinstance(value, list | tuple) else [value, value]
-    if len(numbers) != 2 or any(type(number) is not int for number in numbers) or not 1 <= numbers[0] <= numbers[1]:
-        raise ValueError("expected a number of at least 1, or [MIN, MAX] with 1 <= MIN <= MAX")
+    if (
+        len(numbers) != 2
+        or any(type(number) is not int for number in numbers)
+        or not 1 <= numbers[0] <= numbers[1] <= 65_536
+    ):
+        raise ValueError("expected a number from 1 to 65536, or [MIN, MAX] with 1 <= MIN <= MAX <= 65536")
+    return value
+
+
+def _check_gpus(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 64):
+        raise ValueError("expected auto or a number from 0 to 64")
     return value
 
 
 class LaunchConfig(Section):
-    """Who runs the workers."""
+    """How and where the ranks run."""
 
     mode: Literal["ray", "local"] = Field(
-        "ray", description="Ray Train, or this one process (or torchrun) where Ray is absent or in the way."
+        "ray", description="ray: Ray Train; local: this one process, or the processes of torchrun."
     )
     workers: Annotated[int | tuple[int, int], BeforeValidator(_check_workers)] = Field(
-        2, description="Ranks under Ray; [MIN, MAX] starts with what fits, goes on with fewer when nodes are lost and grows back."
+        2,
+        description="Ranks under Ray; [MIN, MAX] starts with as many as fit, continues with fewer when nodes are lost, "
+        "and grows again.",
     )
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs (and torch threads) of a rank.")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a rank.")
-    max_failures: int = Field(3, ge=0, description="Restarts from the last checkpoint before the run gives up.")
-    wait_s: float = Field(300, ge=0, description="On a cluster: seconds to wait until (MIN) workers fit, at the start and after a loss.")
-    resize_s: float = Field(60, ge=0, description="With [MIN, MAX]: seconds before a run looks for room to grow; growing saves first.")
-    grace_s: float = Field(300, gt=0, description="Under Ray, seconds from SIGTERM to the end of the run, whether it could save or not.")
-    timeout_s: int = Field(600, ge=5, description="A collective that waits longer fails the rank.")
+    cpus_per_worker: float = Field(1, gt=0, le=4096, description="CPUs (and torch threads) per rank.")
+    gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_check_gpus)] = Field(
+        "auto",
+        description="GPUs per rank: auto is one if the cluster has one for each of (MIN) workers, else none; 0 is the "
+        "CPU.",
+    )
+    max_failures: int = Field(3, ge=0, le=10**6, description="Restarts from the last checkpoint before the run fails.")
+    wait_s: float = Field(
+        300,
+        ge=0,
+        le=1e8,
+        description="On a cluster: seconds to wait until (MIN) workers fit, at the start and after a loss.",
+    )
+    resize_s: float = Field(
+        60,
+        ge=0,
+        le=1e8,
+        description="With [MIN, MAX]: seconds between two attempts to grow; a checkpoint is saved first.",
+    )
+    grace_s: float = Field(
+        300,
+        gt=0,
+        le=1e8,
+        description="Under Ray, seconds from SIGTERM to the end of the run, whether or not it could save.",
+    )
+    timeout_s: int = Field(600, ge=5, le=10**7, description="Seconds after which a waiting collective fails its rank.")
+
+    @property
+    def gpus(self) -> float:
+        """Return the GPUs per rank; 0 while auto has not been decided (see `runs.gpus`)."""
+        return 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker
 
     @property
     def min_workers(self) -> int:
-        """Fewest ranks."""
+        """Return the smallest number of ranks."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """Most ranks."""
+        """Return the largest number of ranks."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+
+def _check_resume(value: str) -> str:
+    if value not in ("auto", "none") and not value.isdecimal():
+        raise ValueError("expected auto, none, or the step of a checkpoint as in 4000")
+    return value
 
 
 class RunConfig(Section):
     """The run directory."""
 
     dir: str = Field(
-        "runs/default", description="Where config.yaml, metrics, checkpoints and TensorBoard events go: a path or an fsspec URL."
+        "runs/default",
+        description="Directory of config.yaml, metrics, checkpoints and TensorBoard events: a path or an fsspec URL.",
     )
-    resume: str = Field(
-        "auto", pattern=r"^(auto|none|\d+)$", description="auto: from the newest valid checkpoint; STEP: from that one; none: start anew."
+    resume: Annotated[str, AfterValidator(_check_resume)] = Field(
+        "auto",
+        description="Checkpoint to start from. auto: the newest valid one, if any; STEP: that one; none: start anew.",
     )
-    profile: int = Field(0, ge=0, description="Trace so many steps after the first five, to RUN_DIR/profile; 0 is off.")
+    profile: int = Field(
+        0, ge=0, le=10**6, description="Steps traced to RUN_DIR/profile, after the first five; 0 is off."
+    )
 
 
 class Config(Section):
-    """All of it."""
+    """The whole configuration."""
 
-    modalities: tuple[Modality, ...] | Literal["auto"] = Field(
-        "auto", description="Modalities to fuse; auto is structure and all the data set has."
+    modalities: Annotated[tuple[Modality, ...] | Literal["auto"], BeforeValidator(_split_names)] = Field(
+        "auto",
+        description="Modalities to fuse, a list or comma-separated names; auto is structure and all that the data set "
+        "has.",
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of the hot path; auto where a compiler is found.")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of the hot path; auto uses it if a compiler is found."
+    )
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()
     features: FeaturesConfig = FeaturesConfig()
@@ -334,10 +343,13 @@ class Config(Section):
     mine: MineConfig = MineConfig()
     fusion: FusionConfig = FusionConfig()
     rotate: RotateConfig = RotateConfig()
+    relations: RelationsConfig = RelationsConfig()
     negatives: NegativesConfig = NegativesConfig()
     train: TrainConfig = TrainConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
+    blend: BlendConfig = BlendConfig()
     launch: LaunchConfig = LaunchConfig()
     run: RunConfig = RunConfig()
 
@@ -347,15 +359,18 @@ class Config(Section):
             raise ValueError(f"modalities names one twice: {', '.join(self.modalities)}")
         if self.modalities == ():
             raise ValueError("modalities is empty; expected at least one of " + ", ".join(MODALITIES))
-        if self.experts.kind == "identity" and self.experts.num_experts != 1:
-            raise ValueError(f"experts.num_experts is {self.experts.num_experts}, but views of kind identity would be equal; set it to 1")
-        if self.deepspeed.bf16 and {self.train.precision, self.mine.precision} != {"float32"}:
+        if self.experts.kind == "identity" and self.experts.num_experts not in (1, "auto"):
             raise ValueError(
-                "deepspeed.bf16 makes parameters bfloat16, train.precision and mine.precision keep them float32; set one or the other"
+                f"experts.num_experts is {self.experts.num_experts}, but views of kind identity would be equal; set it "
+                "to 1"
+            )
+        if self.deepspeed.bf16 and self.train.precision != "float32":
+            raise ValueError(
+                "deepspeed.bf16 makes parameters bfloat16, train.precision keeps them float32; set one or the other"
             )
         if self.train.batch_size % self.negatives.chunk_size:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} is not a multiple of negatives.chunk_size {self.negatives.chunk_size}; "
-                "chunks are the unit that ranks share"
+                f"train.batch_size {self.train.batch_size} is not a multiple of negatives.chunk_size "
+                f"{self.negatives.chunk_size}; chunks are the unit that ranks share"
             )
         return self

@@ -1,4 +1,4 @@
-"""The graph folder of a packed data set: names, triples and known answers, and the hash that tells data sets apart."""
+"""Writes the graph folder of a packed data set: names, triples and known answers, and the data set's fingerprint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from mocme_dist.data.vocabulary import write_names
 
 
 def write_graph(
-    graph: Path, splits: Mapping[str, Integers], everything_T3: Integers, entity_names: list[bytes], relation_names: list[bytes]
+    graph: Path,
+    splits: Mapping[str, Integers],
+    everything_T3: Integers,
+    entity_names: list[bytes],
+    relation_names: list[bytes],
 ) -> None:
     """Write names, each split, and the answers known from train alone and from `everything_T3`.
 
     Args:
         graph: the folder.
         splits: (n, 3) distinct triples of train, valid and test as ids.
-        everything_T3: all triples that anybody wrote down; what filtered ranking leaves out.
+        everything_T3: triples of all splits, for filtered ranking.
         entity_names, relation_names: UTF-8, by id.
     """
     write_names(graph / "entities.parquet", entity_names)
@@ -36,7 +40,10 @@ def write_graph(
 
 
 def fingerprint(graph: Path, names: tuple[list[bytes], list[bytes]], shard_hashes: list[str]) -> str:
-    """SHA-256 over names, arrays and shards. Names enter as bytes: Parquet files differ between library versions."""
+    """Return the SHA-256 over names, arrays and shards.
+
+    Names as bytes, because Parquet differs between library versions.
+    """
     content = {path.name: sha256_file(path) for path in sorted(graph.glob("*.npy"))}
     for kind, several in zip(("entities", "relations"), names, strict=True):
         digest = hashlib.sha256()

@@ -1,11 +1,12 @@
-"""Texts, numbers, pictures, sounds and films of a raw folder on their way into shards.
+"""Writes the texts, numbers, image, audio and video files of a raw folder into shards.
 
-The tables come in any order and may be larger than memory. One pass over each sends its rows to temporary files, one a
-shard and modality; then every shard is built by itself. Memory is a bounded buffer and the rows of one shard.
+The tables are in any order and may be larger than memory. One pass over each writes its rows to temporary files, one
+per shard and modality; then every shard is built separately. Memory holds a bounded buffer and the rows of one shard.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections import Counter, defaultdict
@@ -15,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mocme_dist.data.layouts import MediaFolder, RawFile, Table, decode, find_file
+from mocme_dist.data.labels import RELATIONS_TABLE, LabelWriter, add_entities
 from mocme_dist.data.progress import Progress
 from mocme_dist.data.shards import SUFFIXES, Sample, ShardEntry, shard_name, write_shard
+from mocme_dist.data.tsv import MediaFolder, RawFile, Table, decode, find_file
 from mocme_dist.data.vectors import Vectors
+from mocme_dist.data.vocabulary import visible_text
 from mocme_dist.errors import DataError
 from mocme_dist.partition import ShardPartition
 
-# Modality: its table, and the columns its header begins with.
+# Table of each modality, and the columns with which its header begins.
 TABLES = {
     "text": ("text.tsv", ("entity",)),
     "numeric": ("numeric.tsv", ("entity", "attribute", "value")),
@@ -30,14 +33,33 @@ TABLES = {
     "audio": ("audio.tsv", ("entity", "file")),
     "video": ("video.tsv", ("entity", "file")),
 }
-MAX_FILE_BYTES = 2 << 30  # of one picture, sound or film
+MAX_FILE_BYTES = 2 << 30  # of one image, audio or video file
 _BUFFER_BYTES = 128 << 20
-# What a buffered row costs besides its bytes: its object and its place in a list.
+# Number of undecodable files that are named.
+_SHOWN = 20
+# Memory of a buffered row beyond its bytes: its object and its place in a list.
 _ROW_BYTES = 64
 
 
+def misnamed(raw: Path) -> dict[str, str]:
+    """Return files of a raw folder that are not read, each with the missing file that it was probably meant to be."""
+    read = {
+        "train.txt",
+        "valid.txt",
+        "test.txt",
+        "entity2id.txt",
+        RELATIONS_TABLE,
+        *(name for name, _ in TABLES.values()),
+    }
+    there = {path.name.removesuffix(".gz") for path in raw.iterdir() if path.is_file()} if raw.is_dir() else set()
+    near = {
+        name: difflib.get_close_matches(name, sorted(read - there), n=1, cutoff=0.8) for name in sorted(there - read)
+    }
+    return {name: close[0] for name, close in near.items() if close}
+
+
 class Spill:
-    """Rows of every shard in temporary files, one a modality and shard; rows keep the order in which they came."""
+    """Rows of every shard in temporary files, one per modality and shard; rows keep their order."""
 
     def __init__(self, folder: Path, shard_rows: int, buffer_bytes: int = _BUFFER_BYTES) -> None:
         self._folder = folder
@@ -48,14 +70,14 @@ class Spill:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, modality: str, entity: int, row: bytes) -> None:
-        """Keep a row of an entity; it must not hold a line feed."""
+        """Add a row of an entity; it must not hold a line feed."""
         self._rows[modality, entity // self._shard_rows].append(b"%d\t%b\n" % (entity, row))
         self._size += len(row) + _ROW_BYTES
         if self._size > self._limit:
             self.flush()
 
     def flush(self) -> None:
-        """Append what is buffered to the files, one open at a time."""
+        """Append the buffered rows to the files, one open at a time."""
         for (modality, shard), rows in self._rows.items():
             with self._path(modality, shard).open("ab") as file:
                 file.writelines(rows)
@@ -63,7 +85,7 @@ class Spill:
         self._size = 0
 
     def take(self, modality: str, shard: int) -> Iterator[tuple[int, bytes]]:
-        """(entity, row) of a shard after `flush`; its file is removed."""
+        """Yield (entity, row) of a shard after `flush`, and remove its file."""
         path = self._path(modality, shard)
         if path.is_file():
             for line in path.read_bytes().split(b"\n")[:-1]:
@@ -77,24 +99,29 @@ class Spill:
 
 @dataclass
 class Collected:
-    """What the passes over the tables found."""
+    """Results of the passes over the tables."""
 
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rows: Counter[str] = field(default_factory=Counter)
+    # Number of rows of entities outside the graph, and the first such name.
     ignored: Counter[str] = field(default_factory=Counter)
+    ignored_name: dict[str, str] = field(default_factory=dict)
+    # Number of files in unsupported formats, and the names of the first.
+    undecodable: Counter[str] = field(default_factory=Counter)
+    undecodable_names: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def collect(raw: Path, ids: Mapping[bytes, int], spill: Spill, aside: Collection[str] = ()) -> Collected:
-    """Send the rows of every table that exists to `spill`; rows of entities outside the graph are counted.
+    """Send the rows of all tables to `spill`; rows of entities outside the graph are counted.
 
     Args:
         raw: raw folder.
         ids: id of every entity of the graph.
-        spill: takes the rows.
-        aside: modalities whose tables are left alone.
+        spill: receives the rows.
+        aside: modalities whose tables are skipped.
 
     Raises:
-        DataError: a row is malformed, a number is none, a file is missing or not of a known kind.
+        DataError: a row is malformed, a value is not a number, or a file is missing.
     """
     found = Collected()
     media = MediaFolder(raw)
@@ -108,47 +135,58 @@ def collect(raw: Path, ids: Mapping[bytes, int], spill: Spill, aside: Collection
             entity = ids.get(fields[0])
             if entity is None:
                 found.ignored[modality] += 1
+                found.ignored_name.setdefault(modality, fields[0][:80].decode("utf-8", "replace"))
                 continue
-            found.rows[modality] += 1
             if modality == "text":
                 row = b"\t".join(fields[1:])
             elif modality == "numeric":
                 row = _checked_number(file, number, fields)
             else:
-                row = _checked_file(file, number, fields[1], modality, media)
+                row = _checked_file(file, number, fields[1], media)
+                name = row.decode()
+                if _suffix(name) not in SUFFIXES[modality]:
+                    found.undecodable[modality] += 1
+                    if len(found.undecodable_names[modality]) < _SHOWN:
+                        found.undecodable_names[modality].append(name)
+                    continue
+            found.rows[modality] += 1
             spill.add(modality, entity, row)
     spill.flush()
     return found
 
 
 def _checked_number(file: RawFile, number: int, fields: list[bytes]) -> bytes:
-    attribute, text = fields[1].strip(), fields[2].strip()
+    attribute = fields[1].strip()
+    text = fields[2].strip()
     if not attribute:
         file.fail(number, "the field attribute is empty")
     decode(file, number, attribute, "attribute")
     try:
-        # Python reads 1_000 as a number; other tools do not.
+        # Python accepts 1_000 as a number; other tools do not.
         value = float(text) if b"_" not in text else math.nan
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        file.fail(number, f"the value of {attribute.decode()!r} is {text.decode(errors='replace')!r}; expected a finite number")
+        file.fail(
+            number,
+            f"the value of {attribute.decode()!r} is {text.decode(errors='replace')!r}; expected a finite number",
+        )
     return attribute + b"\t" + text
 
 
-def _checked_file(file: RawFile, number: int, name: bytes, modality: str, media: MediaFolder) -> bytes:
+def _checked_file(file: RawFile, number: int, name: bytes, media: MediaFolder) -> bytes:
     path = decode(file, number, name.strip(), "file")
     if not path:
         file.fail(number, "the field file is empty")
-    if _suffix(path) not in SUFFIXES[modality]:
-        file.fail(number, f"file '{path}' is of an unknown kind; expected one of {', '.join(SUFFIXES[modality])}")
     try:
-        size = media.size(path)
+        stored, size = media.find(path)
     except ValueError as error:
         file.fail(number, str(error))
-    if size > MAX_FILE_BYTES:  # it would be read whole
-        file.fail(number, f"file '{path}' has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}: take it out, or cut it")
-    return name.strip()
+    if size > MAX_FILE_BYTES:  # files are read whole
+        file.fail(
+            number, f"file '{path}' has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}: take it out, or cut it"
+        )
+    return stored.encode()
 
 
 def _suffix(path: str) -> str:
@@ -156,14 +194,14 @@ def _suffix(path: str) -> str:
 
 
 class ShardBuilder:
-    """Makes the shards from spilled rows, and keeps count.
+    """Builds the shards from spilled rows.
 
     Attributes:
         entries: records of the shards written so far.
-        present: (E,) bool per modality, who has it.
-        attributes: names of numbers that occur.
-        files: how many pictures, sounds and films were packed, by modality.
-        zero_rows: vectors of zeros, by modality; they stand for no vector.
+        present: (E,) presence mask per modality.
+        attributes: names of the numeric attributes.
+        files: number of packed files per modality.
+        zero_rows: number of all-zero vectors per modality, which stand for no vector.
         counts: replaced text cells, merged text rows, averaged numbers and repeated files.
     """
 
@@ -174,12 +212,14 @@ class ShardBuilder:
         spill: Spill,
         text_columns: tuple[str, ...],
         vectors: Mapping[str, Vectors] | None = None,
+        labels: tuple[LabelWriter, tuple[str | None, ...]] | None = None,
     ) -> None:
         self._raw = raw
         self._partition = partition
         self._spill = spill
         self._text_columns = text_columns
         self._vectors = vectors or {}
+        self._labels = labels
         self.entries: list[ShardEntry] = []
         self.present = {modality: np.zeros(partition.num_rows, dtype=bool) for modality in TABLES}
         self.attributes: set[str] = set()
@@ -191,25 +231,31 @@ class ShardBuilder:
         """Write every shard into `directory`.
 
         Raises:
-            DataError: a file cannot be read any more.
+            DataError: a file can no longer be read.
             StorageError: a shard cannot be written.
         """
-        with Progress("packing entities", self._partition.num_shards, "shards") as progress:
+        with Progress("packing", self._partition.num_rows, "entities") as progress:
             for shard in range(self._partition.num_shards):
-                self.entries.append(write_shard(directory / shard_name(shard), self._samples(shard)))
-                progress.add()
+                samples = self._samples(shard, progress)
+                self.entries.append(write_shard(directory / shard_name(shard), samples))
+                progress.raise_to(self._partition.bounds(shard)[1])
 
-    def _samples(self, shard: int) -> Iterator[Sample]:
-        """Samples of a shard in order of id; files are read one entity at a time."""
-        texts, numbers = self._texts(shard), self._numbers(shard)
+    def _samples(self, shard: int, progress: Progress) -> Iterator[Sample]:
+        """Yield the samples of a shard in order of id; files are read one entity at a time."""
+        texts = self._texts(shard)
+        numbers = self._numbers(shard)
         files = {modality: self._files(modality, shard) for modality in SUFFIXES}
         first, last = self._partition.bounds(shard)
+        if self._labels is not None:
+            add_entities(self._labels[0], first, last, texts, self._labels[1])
         vectors = {modality: set(several.entities(first, last)) for modality, several in self._vectors.items()}
         for entity in sorted({*texts, *numbers}.union(*files.values(), *vectors.values())):
             members: dict[str, bytes] = {}
             for modality, values in (("text", texts), ("numeric", numbers)):
                 if entity in values:
-                    members[f"{modality}.json"] = json.dumps(values[entity], ensure_ascii=False, allow_nan=False).encode("utf-8")
+                    members[f"{modality}.json"] = json.dumps(
+                        values[entity], ensure_ascii=False, allow_nan=False
+                    ).encode("utf-8")
                     self.present[modality][entity] = modality not in vectors
             for modality in vectors:
                 if entity in vectors[modality]:
@@ -221,9 +267,10 @@ class ShardBuilder:
                     self.files[modality] += 1
             if members:
                 yield Sample(entity, members)
+            progress.raise_to(entity + 1)
 
     def _vector(self, modality: str, entity: int) -> dict[str, bytes]:
-        """The member that holds an entity's vector, none when it is one of zeros."""
+        """Return the member that holds an entity's vector; empty if the vector is all zeros."""
         vector = self._vectors[modality].read(entity)
         if vector is None:
             self.zero_rows[modality] += 1
@@ -239,7 +286,10 @@ class ShardBuilder:
             raise DataError(f"{path.absolute()}: cannot be read: {error.strerror}") from None
 
     def _texts(self, shard: int) -> dict[int, dict[str, str]]:
-        """Non-empty cells per entity in the order of the columns; of several rows the first non-empty cell counts."""
+        """Return non-empty cells per entity in the order of the columns.
+
+        Of several rows the first non-empty cell counts.
+        """
         texts: dict[int, dict[str, str]] = {}
         for entity, row in self._spill.take("text", shard):
             self.counts["merged_text_rows"] += entity in texts
@@ -247,17 +297,22 @@ class ShardBuilder:
             for column, cell in zip(self._text_columns, row.split(b"\t"), strict=True):
                 if column not in cells and (text := self._decoded(cell)):
                     cells[column] = text
-        return {entity: {name: cells[name] for name in self._text_columns if name in cells} for entity, cells in texts.items() if cells}
+        return {
+            entity: {name: cells[name] for name in self._text_columns if name in cells}
+            for entity, cells in texts.items()
+            if cells
+        }
 
     def _decoded(self, cell: bytes) -> str:
         try:
-            return cell.decode("utf-8").strip()
+            text = cell.decode("utf-8").strip()
         except UnicodeDecodeError:
             self.counts["replaced_text_cells"] += 1
-            return cell.decode("utf-8", errors="replace").strip()
+            text = cell.decode("utf-8", errors="replace").strip()
+        return text if text.isascii() or visible_text(text) else ""  # invisible characters alone are no text
 
     def _numbers(self, shard: int) -> dict[int, dict[str, float]]:
-        """Attributes per entity, sorted by name; several values of one attribute are averaged."""
+        """Return attributes per entity, sorted by name; several values of one attribute are averaged."""
         values: dict[int, dict[str, list[float]]] = {}
         for entity, row in self._spill.take("numeric", shard):
             attribute, _, value = row.partition(b"\t")
@@ -265,14 +320,17 @@ class ShardBuilder:
         for attributes in values.values():
             self.attributes.update(attributes)
             self.counts["averaged_numbers"] += sum(len(several) > 1 for several in attributes.values())
-        # Divided before they are added, so that a sum of large numbers stays finite; fsum does not depend on the order.
+        # Values are divided before they are added, so that the sum stays finite; fsum does not depend on their order.
         return {
-            entity: {name: math.fsum(value / len(attributes[name]) for value in attributes[name]) for name in sorted(attributes)}
+            entity: {
+                name: math.fsum(value / len(attributes[name]) for value in attributes[name])
+                for name in sorted(attributes)
+            }
             for entity, attributes in values.items()
         }
 
     def _files(self, modality: str, shard: int) -> dict[int, list[str]]:
-        """Names of an entity's files in the order of the table, each once."""
+        """Return names of each entity's files in the order of the table, each once."""
         files: dict[int, dict[str, None]] = {}
         for entity, row in self._spill.take(modality, shard):
             names = files.setdefault(entity, {})

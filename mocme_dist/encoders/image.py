@@ -1,12 +1,12 @@
-"""Frozen picture encoders. The one module that imports torchvision.
+"""Frozen image encoders. The only module that imports torchvision.
 
 `encoders.image.model` is one of
     torchvision:NAME        a classification network without its last Linear (vgg16: the 4096 numbers before it);
     transformers:FOLDER     a transformers vision model, its last hidden state averaged over positions;
-    MODULE:FUNCTION         FUNCTION() returns an nn.Module that maps (B, 3, H, W) float32 pictures, scaled to [0, 1]
+    MODULE:FUNCTION         FUNCTION() returns an nn.Module that maps (B, 3, H, W) float32 images, scaled to [0, 1]
                             and then normalised by `mean` and `std`, to (B, F); its attributes: width (F, int), mean
-                            and std (three floats each), weights_sha256 (str, pins the features on disk).
-What cannot be decoded is counted and left out; see `encoders.pictures`.
+                            and std (three floats each), weights_sha256 (str, identifies the features on disk).
+Files that cannot be decoded are counted and left out; see `encoders.image_files`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,29 @@ from torch import Tensor, nn
 
 from mocme_dist.config.schema import ImageEncoderConfig
 from mocme_dist.data.files import sha256_file
-from mocme_dist.encoders.encoder import Decoded, decode_files, network_from_function
-from mocme_dist.encoders.pictures import PIXELS, decode_picture, guard_pillow
-from mocme_dist.encoders.text import load_transformer, may_download, resolve_model, weights_hash
+from mocme_dist.encoders.device import Copies, Fetch, Overlapped
+from mocme_dist.encoders.encoder import Decoded, decode_files
+from mocme_dist.encoders.image_files import PIXELS, decode_image, limit_pillow
+from mocme_dist.encoders.pretrained import (
+    MeanHidden,
+    load_transformer,
+    may_download,
+    network_from_function,
+    resolve_model,
+    weights_hash,
+)
 from mocme_dist.encoders.torchvision_shim import prepare_torchvision
 from mocme_dist.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass
 class Backbone:
-    """A network from normalised pictures to features, and what must be known of it."""
+    """A network from normalised images to features, with its width and normalisation."""
 
     network: nn.Module
     width: int
@@ -47,30 +56,42 @@ class Backbone:
 
 
 def image_settings(config: ImageEncoderConfig, max_pixels: int) -> dict[str, Any]:
-    """What pins the picture features; hashes files, and builds the network only for MODULE:FUNCTION."""
+    """Return the settings that determine image features; hashes files, builds the network for MODULE:FUNCTION only."""
     kind, name = _split(config.model)
     if kind == "torchvision":
         identity = {"network": config.model, "weights": _torchvision_hash(config, name)}
     elif kind == "transformers":
-        identity = {"network": "transformers", "weights": weights_hash(_transformers_folder(name), config.random_weights)}
+        identity = {
+            "network": "transformers",
+            "weights": weights_hash(_transformers_folder(name), config.random_weights),
+        }
     else:
         identity = {"network": config.model, "weights": _from_function(config.model)[1]}
     model = f"transformers:{Path(name).name}" if kind == "transformers" else config.model
-    return {"model": model, "size": config.size, "precision": config.precision, "max_pixels": max_pixels, "pixels": PIXELS, **identity}
+    return {
+        "model": model,
+        "size": config.size,
+        "precision": config.precision,
+        "max_pixels": max_pixels,
+        "pixels": PIXELS,
+        **identity,
+    }
 
 
 def _split(model: str) -> tuple[str, str]:
     kind, colon, name = model.partition(":")
     if not colon or not name:
-        raise ConfigError(f"encoders.image.model: got {model!r}, expected torchvision:NAME, transformers:FOLDER or MODULE:FUNCTION")
+        raise ConfigError(
+            f"encoders.image.model: got {model!r}, expected torchvision:NAME, transformers:FOLDER or MODULE:FUNCTION"
+        )
     return kind, name
 
 
 def build_backbone(config: ImageEncoderConfig) -> Backbone:
-    """The network that `config` names, frozen, in eval mode.
+    """Return the network that `config` names, frozen, in eval mode.
 
     Raises:
-        ConfigError: the network is unknown, or its weights cannot be had or do not fit.
+        ConfigError: the network is unknown, or its weights are not available or do not fit.
     """
     kind, name = _split(config.model)
     if kind == "torchvision":
@@ -91,7 +112,10 @@ def _torchvision_models() -> Any:
 
 
 def _weights_file(config: ImageEncoderConfig, name: str) -> Path:
-    """The state-dict file of a torchvision network: the configured one, or torchvision's own (cached or fetched)."""
+    """Return the state-dict file of a torchvision network.
+
+    The configured one, or torchvision's own (cached or fetched).
+    """
     if config.weights is not None:
         path = Path(config.weights)
         if not path.is_file():
@@ -117,7 +141,9 @@ def _weights_file(config: ImageEncoderConfig, name: str) -> Path:
 def _check_name(name: str) -> None:
     known = _torchvision_models().list_models(module=_torchvision_models())
     if name not in known:
-        raise ConfigError(f"encoders.image.model: torchvision has no classification network {name!r}; it has {', '.join(known)}")
+        raise ConfigError(
+            f"encoders.image.model: torchvision has no classification network {name!r}; it has {', '.join(known)}"
+        )
 
 
 def _torchvision_hash(config: ImageEncoderConfig, name: str) -> str:
@@ -128,7 +154,7 @@ def _torchvision_hash(config: ImageEncoderConfig, name: str) -> str:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a .pth read with weights_only: nothing in it can run.
+    """Return the tensors of a .safetensors file, or of a .pth read with weights_only; no code in it can run.
 
     Raises:
         ConfigError: the file is not a state dict.
@@ -140,24 +166,29 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, header errors: each reader has its own
-        raise ConfigError(f"encoders.image.weights: {path}: no state dict can be read: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if type(error).__name__ == "UnpicklingError":  # torch's own message explains how to unpickle it all the same
+            reason = "it holds something other than tensors, and nothing in it was run"
+        raise ConfigError(f"encoders.image.weights: {path}: no state dict can be read: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"encoders.image.weights: {path}: expected a dictionary of tensors (model.state_dict())")
     return state
 
 
 def drop_classifier(network: nn.Module) -> tuple[str, int]:
-    """Replace the last Linear by the identity, or the last convolution where there is none (SqueezeNet).
+    """Replace the last Linear by the identity, or the last convolution if there is none (SqueezeNet).
 
     Returns:
-        Its name, and the width of the features that now come out.
+        Its name, and the width of the network's new output.
     """
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if layers:
         name, linear = layers[-1]
         width = linear.in_features
     else:
-        name, convolution = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)][-1]
+        name, convolution = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)][
+            -1
+        ]
         width = convolution.in_channels
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Identity())
@@ -174,7 +205,7 @@ def _torchvision_backbone(config: ImageEncoderConfig, name: str) -> Backbone:
     dropped, width = drop_classifier(network)
     if not config.random_weights:
         path = _weights_file(config, name)
-        # a network trained on other classes differs in its last layer only, which is gone
+        # a network trained on other classes differs only in its last layer, which was removed
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(f"{dropped}.")}
         try:
             network.load_state_dict(state)
@@ -184,81 +215,91 @@ def _torchvision_backbone(config: ImageEncoderConfig, name: str) -> Backbone:
     return Backbone(network.eval().requires_grad_(False), width, IMAGENET_MEAN, IMAGENET_STD)
 
 
-# -- transformers, and anything else
+# -- transformers and MODULE:FUNCTION
 
 
 def _transformers_folder(name: str) -> Path:
     return resolve_model(name, "encoders.image.model")
 
 
-class _MeanHidden(nn.Module):
-    """Last hidden state of a vision model, averaged over its positions: (B, T, F) or (B, F, H, W) to (B, F)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        hidden = self.model(pixel_values=image_BCHW).last_hidden_state
-        return hidden.mean(dim=(2, 3)) if hidden.dim() == 4 else hidden.mean(dim=1)
-
-
 def _transformers_backbone(name: str, random_weights: bool) -> Backbone:
     folder = _transformers_folder(name)
     model = load_transformer(folder, random_weights, "encoders.image")
-    vision = getattr(model, "vision_model", model)  # CLIP and its kind carry a text half as well
+    vision = getattr(model, "vision_model", model)  # CLIP and similar models also have a text encoder
     config = vision.config
     width = getattr(config, "hidden_size", None) or list(getattr(config, "hidden_sizes", ()) or (0,))[-1]
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
     if (folder / "preprocessor_config.json").is_file():
         values = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf8"))
-        mean, std = tuple(values.get("image_mean", mean)), tuple(values.get("image_std", std))
-    return Backbone(_MeanHidden(vision).eval(), int(width), mean, std)
+        mean = tuple(values.get("image_mean", mean))
+        std = tuple(values.get("image_std", std))
+    return Backbone(MeanHidden(vision).eval(), int(width), mean, std)
 
 
 def _from_function(model: str) -> tuple[Backbone, str]:
-    made = network_from_function("encoders.image.model", model, ("width", "mean", "std", "weights_sha256"), "encoders/image.py")
-    return Backbone(made.eval().requires_grad_(False), int(made.width), tuple(made.mean), tuple(made.std)), str(made.weights_sha256)
+    made = network_from_function(
+        "encoders.image.model", model, ("width", "mean", "std", "weights_sha256"), "encoders/image.py"
+    )
+    return Backbone(made.eval().requires_grad_(False), int(made.width), tuple(made.mean), tuple(made.std)), str(
+        made.weights_sha256
+    )
 
 
-class ImageEncoder:
-    """Pictures to features; see `encoders.encoder.Encoder` for the contract."""
+class ImageDecoder:
+    """Decodes and resizes images; see `encoders.encoder.Decoder` for the contract."""
 
     modality = "image"
 
+    def __init__(self, config: ImageEncoderConfig, max_pixels: int) -> None:
+        limit_pillow(max_pixels)
+        self.config = config
+        self.max_pixels = max_pixels
+        self.chunk = config.batch_size
+
+    def decode(self, members: Mapping[str, bytes]) -> Decoded:
+        """Return a (size, size, 3) uint8 array per decodable image of an entity."""
+        return decode_files(members, lambda content: decode_image(content, self.config.size, self.max_pixels))
+
+    def collate(self, pieces: list[np.ndarray]) -> np.ndarray:
+        """Return (B, H, W, 3) uint8, which is a quarter of the bytes of floats for the copy to the device."""
+        return np.stack(pieces)
+
+
+class ImageEncoder(ImageDecoder, Overlapped):
+    """Encodes images; see `encoders.encoder.Encoder` for the contract."""
+
     def __init__(self, config: ImageEncoderConfig, max_pixels: int, device: str = "cpu") -> None:
-        guard_pillow(max_pixels)
-        self.config, self.max_pixels, self.device = config, max_pixels, torch.device(device)
+        super().__init__(config, max_pixels)
+        self.copies = Copies(device)
         self.settings = image_settings(config, max_pixels)
         backbone = build_backbone(config)
         self.dtype: torch.dtype = getattr(torch, config.precision)
-        # a third to two thirds faster on a CPU than channels first, and what tensor cores want
-        network = backbone.network.to(self.device, self.dtype)
-        self.network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        self.width, self.chunk = backbone.width, config.batch_size
-        self.mean = torch.tensor(backbone.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(backbone.std, device=self.device).view(1, 3, 1, 1)
-
-    def decode(self, members: Mapping[str, bytes]) -> Decoded:
-        """One (size, size, 3) uint8 array for each picture of an entity that can be decoded."""
-        return decode_files(members, lambda content: decode_picture(content, self.config.size, self.max_pixels))
-
-    def collate(self, pieces: list[np.ndarray]) -> Tensor:
-        """(B, H, W, 3) uint8: a quarter of the bytes of floats on the way to the device."""
-        stacked = torch.from_numpy(np.stack(pieces))
-        return stacked.pin_memory() if self.device.type == "cuda" else stacked
+        # a third to two thirds faster on a CPU than channels first, and the layout of tensor cores
+        network = backbone.network.to(self.copies.device, self.dtype)
+        # torch's stubs lack memory_format
+        self.network: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.width = backbone.width
+        self.mean = torch.tensor(backbone.mean, device=self.copies.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(backbone.std, device=self.copies.device).view(1, 3, 1, 1)
 
     @torch.inference_mode()
-    def encode(self, batch: Tensor) -> np.ndarray:
-        """(B, F) float32 features.
+    def launch(self, batch: np.ndarray) -> Fetch:
+        """Start encoding; the features are (B, F) float32.
 
         Raises:
-            DataError: the network gives another shape than it promised.
+            DataError: the network's output has an unexpected shape.
         """
-        pictures = (
-            batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=torch.channels_last)
+        images = (
+            self.copies.to_device(torch.from_numpy(batch))
+            .permute(0, 3, 1, 2)
+            .to(torch.float32)
+            .contiguous(memory_format=torch.channels_last)
         )
-        features = self.network(pictures.div_(255.0).sub_(self.mean).div_(self.std).to(self.dtype)).float()
+        features = self.network(images.div_(255.0).sub_(self.mean).div_(self.std).to(self.dtype)).float()
         if features.shape != (len(batch), self.width):
-            raise DataError(f"encoders.image: {self.config.model} gave shape {tuple(features.shape)}, expected {(len(batch), self.width)}")
-        return features.cpu().numpy()
+            raise DataError(
+                f"encoders.image: {self.config.model} gave shape {tuple(features.shape)}, expected "
+                f"{(len(batch), self.width)}"
+            )
+        return self.copies.fetch(features)

@@ -1,8 +1,13 @@
-"""Numbers of entities as features: for each attribute its scaled value and whether it is there.
+"""Numbers of entities as features: the scaled value of each attribute, its presence, and its Fourier features.
 
-Two passes. The first counts attributes and fits centre and scale of each over the whole data set; the second writes
-(value, presence) pairs. Ids are a random permutation of the entities, so the first values of an attribute in id order
-are a random sample of it: the fit uses up to `SAMPLE` of them and its memory does not grow with the data set.
+Two passes: the first counts attributes and fits the scale of each over the whole data set, the second writes features.
+Ids are a random permutation of the entities, so the first values of an attribute in id order are a random sample of it:
+the fit uses up to `SAMPLE` of them, and its memory does not grow with the data set.
+
+Layout: the attributes in the order of the statistics, each with 2 + 2 n columns for n frequencies: value, presence,
+sin(pi 2^-1 u), cos(pi 2^-1 u), sin(pi u), cos(pi u), ..., sin(pi 2^(n-2) u), cos(pi 2^(n-2) u), where u is the value
+scaled to [-1, 1]. An absent attribute is all zeros. With several frequencies a small projection can distinguish near
+values without losing the order of distant ones.
 """
 
 from __future__ import annotations
@@ -20,47 +25,54 @@ import numpy as np
 from mocme_dist.encoders.encoder import Decoded, Failure, printable
 from mocme_dist.errors import DataError
 
-SAMPLE = 100_000  # values of an attribute that its median and quartiles are taken from
+SAMPLE = 100_000  # values per attribute from which quantiles are computed
 CLIP = 5.0
-RULE = 2  # goes up when the same numbers give other statistics
+RULE = 3  # increased whenever the same numbers give other statistics
 _TAIL = 5.0  # the normal distribution has 1.7, the exponential 3.6, a log-normal of sigma 2 has 29
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """How one attribute is scaled: clip((f(x) - centre) / scale), f the signed log for heavy tails."""
+    """Scale of one attribute: value clip((f(x) - centre) / scale), where f is the signed log for heavy tails.
+
+    u rises from -1 to 1 between `low` and `high`, the 0.5 % and 99.5 % quantiles of f(x).
+    """
 
     name: str
     count: int
     log: bool
     centre: float
     scale: float
+    low: float = 0.0
+    high: float = 0.0
 
 
 @dataclass(frozen=True)
 class NumericStatistics:
-    """The attributes kept, most frequent first (ties by name), and how many were left out."""
+    """The attributes kept, most frequent first (ties by name), and the number left out."""
 
     attributes: tuple[Attribute, ...]
     left_out: int
 
     @property
     def sha256(self) -> str:
-        """Pins the features made with these statistics."""
-        return hashlib.sha256(json.dumps([asdict(a) for a in self.attributes], sort_keys=True).encode("utf8")).hexdigest()
+        """Return a hash that identifies features made with these statistics."""
+        return hashlib.sha256(
+            json.dumps([asdict(a) for a in self.attributes], sort_keys=True).encode("utf8")
+        ).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; floats survive the way to a file and back exactly."""
+        """Return JSON values, from which `from_json` restores floats exactly."""
         return {"attributes": [asdict(a) for a in self.attributes], "left_out": self.left_out}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> NumericStatistics:
-        """What `to_json` gave."""
+        """Return the statistics that `to_json` wrote."""
         return cls(tuple(Attribute(**a) for a in value["attributes"]), int(value["left_out"]))
 
 
 def read_numbers(members: Mapping[str, bytes]) -> tuple[dict[str, float], list[Failure]]:
-    """The finite numbers of an entity by attribute, and what was none."""
+    """Return the finite numbers of an entity by attribute, and failures for all other values."""
     content = members.get("numeric.json")
     if content is None:
         return {}, []
@@ -69,7 +81,8 @@ def read_numbers(members: Mapping[str, bytes]) -> tuple[dict[str, float], list[F
         items = list(values.items())
     except (ValueError, AttributeError, RecursionError) as error:
         return {}, [Failure("not JSON", f"numeric.json: {error}")]
-    numbers, failures = {}, []
+    numbers = {}
+    failures = []
     for name, value in items:
         number = _number(value)
         if math.isfinite(number):
@@ -80,7 +93,7 @@ def read_numbers(members: Mapping[str, bytes]) -> tuple[dict[str, float], list[F
 
 
 def _number(value: Any) -> float:
-    """A JSON number as a float; NaN for anything else, and for integers beyond a float."""
+    """Return a JSON number as a float; NaN for anything else, and for integers beyond the range of floats."""
     try:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
@@ -88,7 +101,7 @@ def _number(value: Any) -> float:
 
 
 def collect_numbers(samples: Iterable[Mapping[str, bytes]]) -> dict[str, tuple[int, list[float]]]:
-    """First pass over one shard: (count, first values) of each attribute, from the members of its samples in id order."""
+    """Return (count, first values) per attribute of one shard, from the members of its samples in id order."""
     found: dict[str, tuple[int, list[float]]] = {}
     for members in samples:
         for name, value in read_numbers(members)[0].items():
@@ -100,7 +113,7 @@ def collect_numbers(samples: Iterable[Mapping[str, bytes]]) -> dict[str, tuple[i
 
 
 def fit_numbers(shards: Iterable[Mapping[str, tuple[int, list[float]]]], max_attributes: int) -> NumericStatistics:
-    """Statistics of the whole data set from those of its shards, in shard order."""
+    """Return statistics of the whole data set from those of its shards, in shard order."""
     merged: dict[str, tuple[int, list[float]]] = {}
     for shard in shards:
         for name, (more, values) in shard.items():
@@ -109,26 +122,31 @@ def fit_numbers(shards: Iterable[Mapping[str, tuple[int, list[float]]]], max_att
             merged[name] = (count + more, kept)
     by_frequency = sorted(merged, key=lambda name: (-merged[name][0], name))
     kept_names = by_frequency[:max_attributes]
-    attributes = tuple(_fit(name, merged[name][0], np.asarray(merged[name][1], dtype=np.float64)) for name in kept_names)
+    attributes = tuple(
+        _fit(name, merged[name][0], np.asarray(merged[name][1], dtype=np.float64)) for name in kept_names
+    )
     return NumericStatistics(attributes, len(by_frequency) - len(kept_names))
 
 
 def signed_log(values: np.ndarray) -> np.ndarray:
-    """sign(x) * log(1 + abs(x)), element by element."""
+    """Return sign(x) * log(1 + abs(x)), elementwise."""
     return np.sign(values) * np.log1p(np.abs(values))
 
 
 def tail(values: np.ndarray) -> float:
-    """How far the 1st or 99th percentile lies from the median, in interquartile ranges; infinite where those are 0."""
+    """Return the distance of the 1st or 99th percentile from the median, in interquartile ranges.
+
+    Infinite if that is 0.
+    """
     low, first, median, third, high = np.quantile(values, (0.01, 0.25, 0.5, 0.75, 0.99))
     return float(max(high - median, median - low) / (third - first)) if third > first else math.inf
 
 
 def wants_log(values: np.ndarray) -> bool:
-    """Whether the tail is heavy and the signed log makes it lighter.
+    """Return whether the tail is heavy and the signed log makes it lighter.
 
-    It does for populations and areas; for years and latitudes, whose tail lies towards zero, it would stretch the tail and
-    press everything else together. Where most values are equal there is no spread to judge by, and no log.
+    It does for populations and areas. For years and latitudes, whose tail is towards zero, it would stretch the tail
+    and compress everything else. If most values are equal there is no spread to judge by, and no log is taken.
     """
     heavy = tail(values)
     return _TAIL < heavy < math.inf and tail(signed_log(values)) < heavy
@@ -138,32 +156,43 @@ def _fit(name: str, count: int, values: np.ndarray) -> Attribute:
     log = wants_log(values)
     if log:
         values = signed_log(values)
-    first, median, third = np.quantile(values, (0.25, 0.5, 0.75))
-    # most values equal: the quartiles say nothing, so the deviation does; all equal: any scale gives 0
-    scale = float(third - first) or float(values.std()) or 1.0
-    return Attribute(name, count, log, float(median), scale)
+    low, first, median, third, high = (float(q) for q in np.quantile(values, (0.005, 0.25, 0.5, 0.75, 0.995)))
+    # if most values are equal the deviation replaces the quartiles; if all are equal any scale gives 0
+    scale = third - first or float(values.std()) or 1.0
+    return Attribute(name, count, log, median, scale, low, high)
 
 
 class NumericEncoder:
-    """Numbers to (value, presence) pairs; see `encoders.encoder.Encoder` for the contract."""
+    """Encodes numbers as the columns described above; see `encoders.encoder.Encoder` for the contract.
+
+    Args:
+        statistics: of the data set.
+        fourier: n, frequencies per attribute.
+
+    Raises:
+        DataError: the data set has no numbers.
+    """
 
     modality = "numeric"
-    chunk = 4096
+    chunk = 1024  # 256 attributes of 12 columns then take 25 MB in float64, temporaries a few times as much
 
-    def __init__(self, statistics: NumericStatistics) -> None:
+    def __init__(self, statistics: NumericStatistics, fourier: int) -> None:
         attributes = statistics.attributes
         if not attributes:
             raise DataError("encoders.numeric: no shard holds a number; leave numeric out of the modalities")
         self.statistics = statistics
-        self.settings = numeric_settings(statistics)
-        self.width = 2 * len(attributes)
+        self.settings = numeric_settings(statistics, fourier)
+        self.width = (2 + 2 * fourier) * len(attributes)
         self.column = {a.name: i for i, a in enumerate(attributes)}
         self.log = np.array([a.log for a in attributes])
         self.centre = np.array([a.centre for a in attributes])
         self.scale = np.array([a.scale for a in attributes])
+        self.middle = np.array([(a.low + a.high) / 2 for a in attributes])
+        self.reach = np.array([(a.high - a.low) / 2 or 1.0 for a in attributes])
+        self.frequencies = np.pi * 2.0 ** np.arange(-1, fourier - 1)
 
     def decode(self, members: Mapping[str, bytes]) -> Decoded:
-        """(A,) float64 with NaN where an attribute is absent; none when the entity has no kept attribute."""
+        """Return (A,) float64 with NaN for absent attributes; nothing if the entity has no kept attribute."""
         numbers, failures = read_numbers(members)
         row = np.full(len(self.column), np.nan)
         for name, value in numbers.items():
@@ -172,23 +201,27 @@ class NumericEncoder:
         return Decoded([] if np.isnan(row).all() else [row], failures)
 
     def collate(self, pieces: list[np.ndarray]) -> np.ndarray:
-        """(n, A) float64."""
+        """Return (n, A) float64."""
         return np.stack(pieces)
 
     def encode(self, batch: np.ndarray) -> np.ndarray:
-        """(n, 2 A) float32: value of attribute a at 2 a, in [-5, 5]; presence at 2 a + 1; both 0 where absent."""
+        """Return (n, width) float32: values in [-5, 5], all else in [-1, 1], zeros for absent attributes."""
         there = ~np.isnan(batch)
         values = np.where(there, batch, 0.0)
         values = np.where(self.log, signed_log(values), values)
         scaled = np.clip((values - self.centre) / self.scale, -CLIP, CLIP)
-        return np.stack([np.where(there, scaled, 0.0), there], axis=2).reshape(len(batch), -1).astype(np.float32)
+        angles = np.clip((values - self.middle) / self.reach, -1, 1)[..., None] * self.frequencies
+        waves = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(*batch.shape, -1)
+        columns = np.concatenate([scaled[..., None], np.ones_like(scaled)[..., None], waves], axis=-1)
+        return np.where(there[..., None], columns, 0.0).reshape(len(batch), -1).astype(np.float32)
 
 
-def numeric_settings(statistics: NumericStatistics) -> dict[str, Any]:
-    """What pins the numeric features."""
+def numeric_settings(statistics: NumericStatistics, fourier: int) -> dict[str, Any]:
+    """Return the settings that determine numeric features."""
     return {
         "model": "robust scaling",
         "clip": CLIP,
+        "fourier": fourier,
         "attributes": len(statistics.attributes),
         "left_out": statistics.left_out,
         "statistics": statistics.sha256,

@@ -1,1 +1,1 @@
-"""Exact filtered ranking over sharded rows, and what is reported of it."""
+"""Exact filtered ranking over sharded rows, and its report."""

@@ -1,4 +1,4 @@
-"""MoCME in tensors: one device, no ranks, torch alone. `MoCME` is the module, `ModelSettings` its sizes and switches."""
+"""MoCME in tensors on one device, with torch alone. `MoCME` is the module, `ModelSettings` its sizes and switches."""
 
 from mocme_dist.model.fusion import FusionSettings
 from mocme_dist.model.mocme import MoCME, ModelSettings

@@ -1,4 +1,4 @@
-"""How much a negative teaches: the binary entropy of its score, its class, and its weight in the loss."""
+"""Weights of negatives in the loss, by the binary entropy of their scores and its class."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ EASY, AMBIGUOUS, HARD = 0, 1, 2
 
 
 class Weighting(NamedTuple):
-    """Settings of the weights; fields as in the negatives section of the configuration."""
+    """Settings of the weights; the fields are those of the negatives section of the configuration."""
 
-    kind: str = "entropy"
-    easy_below: float = 0.2
-    hard_from: float = 0.8
-    weight_easy: float = 0.5
-    weight_ambiguous: float = 1.0
-    weight_hard: float = 2.0
-    temperature: float = 1.0
+    kind: str
+    easy_below: float
+    hard_from: float
+    weight_easy: float
+    weight_ambiguous: float
+    weight_hard: float
+    temperature: float
 
 
 def entropy_bits(score: Tensor) -> Tensor:
-    """Binary entropy of sigmoid(score), elementwise, in bits: 1 at score 0, towards 0 at both ends.
+    """Return the binary entropy of sigmoid(score), elementwise, in bits: 1 at score 0, towards 0 at both ends.
 
-    In bits because the thresholds run to 0.8 and natural logarithms never pass 0.693. With p = sigmoid(s) it is
+    It is in bits because thresholds reach 0.8 and the entropy in nats is at most 0.693. With p = sigmoid(s) it is
     (softplus(s) - s p) / ln 2, which does not lose digits for large |s|.
     """
     magnitude = score.abs()
@@ -35,17 +35,17 @@ def entropy_bits(score: Tensor) -> Tensor:
 
 
 def entropy_class(entropy: Tensor, weighting: Weighting) -> Tensor:
-    """EASY below the first threshold, HARD from the second on, AMBIGUOUS between; int64."""
+    """Return int64 classes: EASY below the first threshold, HARD from the second on, AMBIGUOUS between."""
     return (entropy >= weighting.easy_below).long() + (entropy >= weighting.hard_from).long()
 
 
 def negative_weights(score_GbN: Tensor, allowed_GbN: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
-    """Weights of negatives, detached, summing to 1 for each query (0 where none is allowed), and their classes.
+    """Return detached weights of negatives, which sum to 1 per query (0 if none is allowed), and their classes.
 
     Args:
         score_GbN: (G, b, N) scores of the negatives.
         allowed_GbN: False where the entry is a known answer; its weight is 0.
-        weighting: what to weigh by.
+        weighting: see `Weighting`.
 
     Returns:
         weights (G, b, N) float32 and classes (G, b, N) int64.

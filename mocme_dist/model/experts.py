@@ -1,4 +1,4 @@
-"""K experts in each of M modalities, independent parameters and no gate, as two batched products."""
+"""K experts in each of M modalities, with independent parameters and no gate, as two batched products."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mocme_dist.errors import ShapeError
-from mocme_dist.model.expert_kernels import has_kernels, views_by_kernels
-from mocme_dist.model.precision import torch_type
 
 
 class NoExperts(nn.Module):
@@ -23,10 +21,9 @@ class Experts(nn.Module):
     """Views (M, K, U, D) of projected entities (M, U, D): expert k of modality m is Linear-ReLU-Linear.
 
     The K first layers of a modality read the same input, so they are one (D, K D) product per modality; the second
-    layers are M K products of (D, D). `residual` adds the input to each view. With `recompute` backward computes the
-    hidden layers again instead of keeping them, dropout drawn alike: M K U D numbers less, a third more products.
-    In training, products multiply numbers of `precision`; sums, parameters and views stay float32. With `kernels` the C++
-    kernels do it where they can: bfloat16 and bfloat16x3 on a CPU with AMX, without dropout.
+    layers are M K products of (D, D). `residual` adds the input to each view. With `recompute` the backward pass
+    computes the hidden layers again, with the same dropout, instead of storing M K U D numbers, for a third more
+    products. In training, inputs of products are cast to `precision`; parameters and views stay float32.
     """
 
     def __init__(
@@ -38,42 +35,43 @@ class Experts(nn.Module):
         residual: bool,
         generator: torch.Generator,
         recompute: bool = False,
-        precision: str = "float32",
-        kernels: bool = False,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         M, K, D = num_modalities, num_experts, width
         bound = (6 / D) ** 0.5  # Kaiming uniform for ReLU: views keep the inputs' scale
-        uniform = lambda *shape: nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * bound)  # noqa: E731
+
+        def uniform(*shape: int) -> nn.Parameter:
+            return nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * bound)
+
         self.first_MDH = uniform(M, D, K * D)
         self.first_bias_MH = nn.Parameter(torch.zeros(M, K * D))
-        # A residual expert starts as the identity; first layers differ, so the experts part with the first gradient.
+        # A residual expert starts as the identity; first layers differ, so the experts diverge with the first gradient.
         self.second_LDD = nn.Parameter(uniform(M * K, D, D).data * (0.0 if residual else 2**-0.5))
         self.second_bias_LD = nn.Parameter(torch.zeros(M * K, D))
         self.dropout = nn.Dropout(dropout)
         self.residual, self.num_experts, self.recompute = residual, num_experts, recompute
-        self.precision, self.kernels = precision, kernels
+        self.precision = precision
 
     def forward(self, x_MUD: Tensor) -> Tensor:
         """(M, U, D) to views (M, K, U, D).
 
         Raises:
-            ShapeError: the input has another number of modalities or width.
+            ShapeError: the number of modalities or the width of the input is wrong.
         """
         M, U, D = x_MUD.shape
         if self.first_MDH.shape[:2] != (M, D):
-            raise ShapeError(f"Experts: x_MUD is ({M}, {U}, {D}), expected M and D of {tuple(self.first_MDH.shape[:2])}")
+            raise ShapeError(
+                f"Experts: x_MUD is ({M}, {U}, {D}), expected M and D of {tuple(self.first_MDH.shape[:2])}"
+            )
         x_MUD = x_MUD.to(self.first_MDH.dtype)
-        if self.kernels and self.training and not self.dropout.p and has_kernels(x_MUD, self.precision):
-            parameters = (self.first_MDH, self.first_bias_MH, self.second_LDD, self.second_bias_LD)
-            return views_by_kernels(x_MUD, parameters, self.precision, self.residual)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._views, x_MUD, use_reentrant=False)
         return self._views(x_MUD)
 
     def _views(self, x_MUD: Tensor) -> Tensor:
         (M, U, D), K = x_MUD.shape, self.num_experts
-        low = torch_type(self.precision) if self.training and x_MUD.dtype == torch.float32 else x_MUD.dtype
+        low = self.precision if self.training and x_MUD.dtype == torch.float32 else x_MUD.dtype
         first_bias_MH, first_MDH, second_bias_LD, second_LDD = (
             p.to(low) for p in (self.first_bias_MH, self.first_MDH, self.second_bias_LD, self.second_LDD)
         )

@@ -1,8 +1,8 @@
 """The completion loss of a batch of queries: one pure function, an eager reference and a compiled path.
 
-The compiled path is the same function as one graph without a break; distances to the pool are a node of it (see
-`pool`), so nothing of size (G, b, N, D) is stored, forward or backward. tests/model/test_loss.py holds the two to each
-other, values and gradients.
+The compiled path is the same function as one graph without a break. Distances to the pool are one node of it (see
+`mocme_dist.kernels.distance`), so nothing of size (G, b, N, D) is stored, forward or backward. tests/model/test_loss.py
+compares the two, values and gradients.
 """
 
 from __future__ import annotations
@@ -15,28 +15,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mocme_dist.kernels.distance import distance, pool_distance
+from mocme_dist.model.blocks import split_blocks, split_phases
+from mocme_dist.model.compile import one_graph
 from mocme_dist.model.entropy import Weighting, negative_weights
-from mocme_dist.model.graphs import one_graph
-from mocme_dist.model.pool import pool_distance
-from mocme_dist.model.rotate import distance, rotate
+from mocme_dist.model.rotate import rotate
 
 
 class LossSettings(NamedTuple):
-    """What the loss depends on besides tensors.
+    """Settings of the loss.
 
-    kind: contrastive | one_vs_all; gamma: the margin; weighting: of the negatives; compiled: fused path; cuda_graphs: with it,
-    its kernels launched together on CUDA, which one forward pass at a time may use.
+    Attributes:
+        kind: contrastive | one_vs_all.
+        gamma: the margin.
+        weighting: of the negatives.
+        compiled: use the fused path.
+        cuda_graphs: with `compiled`, launch its kernels together on CUDA; one forward pass at a time may use it.
+        blocks: number of blocks of a vector, each with a loss of its own.
     """
 
-    kind: str = "contrastive"
-    gamma: float = 12.0
-    weighting: Weighting = Weighting()
+    kind: str
+    gamma: float
+    weighting: Weighting
     compiled: bool = False
     cuda_graphs: bool = False
+    blocks: int = 1
 
 
 class LossStats(NamedTuple):
-    """Sums over this rank's queries, detached: the caller adds ranks and divides by `queries`."""
+    """Detached sums over this rank's queries; the caller adds those of all ranks and divides by `queries`."""
 
     loss: Tensor
     positive: Tensor
@@ -48,9 +55,14 @@ class LossStats(NamedTuple):
 
 
 def _contrastive(
-    positive_Gb: Tensor, negative_GbN: Tensor, allowed_GbN: Tensor, weight_Gb: Tensor, gamma: float, weighting: Weighting
+    positive_Gb: Tensor,
+    negative_GbN: Tensor,
+    allowed_GbN: Tensor,
+    weight_Gb: Tensor,
+    gamma: float,
+    weighting: Weighting,
 ) -> tuple[Tensor, ...]:
-    """Sums over queries of the loss and of its parts, from distances; see `completion_loss`."""
+    """Return sums over queries of the loss and of its parts, from distances; see `completion_loss`."""
     score_GbN = gamma - negative_GbN
     share_GbN, class_GbN = negative_weights(score_GbN, allowed_GbN, weighting)
     positive = (weight_Gb * functional.softplus(positive_Gb - gamma)).sum()
@@ -61,9 +73,14 @@ def _contrastive(
 
 
 def _one_vs_all(
-    positive_Gb: Tensor, negative_GbN: Tensor, allowed_GbN: Tensor, weight_Gb: Tensor, gamma: float, weighting: Weighting
+    positive_Gb: Tensor,
+    negative_GbN: Tensor,
+    allowed_GbN: Tensor,
+    weight_Gb: Tensor,
+    gamma: float,
+    weighting: Weighting,
 ) -> tuple[Tensor, ...]:
-    """Softmax cross-entropy of the target against every entity that is no other known answer; arguments as `_contrastive`."""
+    """Return the softmax cross-entropy of the target against every entity but other known answers."""
     score_GbN = (gamma - negative_GbN).masked_fill(~allowed_GbN, -torch.inf)
     target_Gb = gamma - positive_Gb
     everyone_Gb = torch.logaddexp(torch.logsumexp(score_GbN, dim=-1), target_Gb)
@@ -86,7 +103,15 @@ def _forward(
     *,
     settings: LossSettings,
 ) -> tuple[Tensor, ...]:
-    """Loss and the fields of LossStats after the first, see `completion_loss`; pure, and one graph when compiled."""
+    """Return the loss and LossStats' fields after the first, see `completion_loss`; pure, one graph when compiled."""
+    count = settings.blocks
+    if count > 1:  # blocks are scored as further chunks of queries with narrower vectors
+        source_GbD, target_GbD, pool_GND = (
+            split_blocks(value, count).flatten(0, 1) for value in (source_GbD, target_GbD, pool_GND)
+        )
+        phase_GbC = split_phases(phase_GbC, count).flatten(0, 1)
+        sign_Gb, allowed_GbN = sign_Gb.repeat(count, 1), allowed_GbN.repeat(count, 1, 1)
+        weight_Gb = weight_Gb.repeat(count, 1) / count
     query_GbD = rotate(source_GbD, phase_GbC, sign_Gb)
     positive_Gb = distance(query_GbD, target_GbD)
     negative_GbN = pool_distance(query_GbD, pool_GND, settings.compiled)
@@ -100,7 +125,7 @@ def _forward(
 
 @cache
 def _compiled(settings: LossSettings) -> Callable[..., tuple[Tensor, ...]]:
-    """One graph for these settings. Batches have fixed shapes, so after the first step nothing is compiled again."""
+    """Return one graph for these settings. Batches have fixed shapes, so nothing is compiled after the first step."""
     return one_graph(_forward, settings.cuda_graphs, settings=settings)
 
 
@@ -114,7 +139,11 @@ def completion_loss(
     weight_Gb: Tensor,
     settings: LossSettings,
 ) -> tuple[Tensor, LossStats]:
-    """Sum over queries of (-log s(p) - sum_i w_i log s(-n_i)) / 2, with s the sigmoid, p and n_i scores gamma - distance.
+    """Return the sum over queries of (-log s(p) - sum_i w_i log s(-n_i)) / 2.
+
+    Here s is the sigmoid, and p and n_i are the scores gamma - distance of the target and the negatives.
+
+    With several blocks it is the mean of the losses of the blocks, each with its own scores and weights of negatives.
 
     Args:
         source_GbD: (G, b, D) source entities of each chunk's queries.
@@ -123,18 +152,18 @@ def completion_loss(
         target_GbD: (G, b, D) true answers.
         pool_GND: (G, N, D) shared candidates of each chunk.
         allowed_GbN: (G, b, N) bool, False where a candidate is a known answer of the query.
-        weight_Gb: (G, b) 1 for a query, 0 for filling.
+        weight_Gb: (G, b) 1 for a query, 0 for padding.
         settings: see `LossSettings`.
 
     Returns:
         The summed loss (a scalar with a gradient; divide by the number of queries) and detached sums for the log.
     """
     tensors = (source_GbD, phase_GbC, sign_Gb, target_GbD, pool_GND, allowed_GbN, weight_Gb)
-    if not settings.compiled:
+    if not settings.compiled or torch.compiler.is_compiling():
         loss, *sums = _forward(*tensors, settings=settings)
     elif not settings.cuda_graphs:
         loss, *sums = _compiled(settings)(*tensors)
-    else:  # the backward pass of the call before has run; what it gave to the log must outlive the replay
+    else:  # the backward pass of the last call has run; copies, because the replay overwrites values for the log
         torch.compiler.cudagraph_mark_step_begin()
         loss, *sums = (value.clone() for value in _compiled(settings)(*tensors))
     return loss, LossStats(loss.detach(), *sums)

@@ -1,8 +1,8 @@
-"""RotatE: rotation of a source by a relation's phases, and the distance to candidates.
+"""RotatE: rotation of a source by a relation's phases.
 
 A vector of D real numbers holds C = D / 2 complex ones: the first C columns are real parts, the last C imaginary.
 A head query is a tail query with the phase negated, because |h e^(i theta) - t| = |h - t e^(-i theta)|, so there is
-one form of query. Distances to candidates that many queries share are in `pool`.
+one form of query. Distances to candidates are in `mocme_dist.kernels`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,21 @@ from torch import Tensor, nn
 
 from mocme_dist.errors import ShapeError
 
-# Squared moduli below this have no direction: their gradient is 0 instead of infinite.
-TINY = 1e-24
-
 
 class Relations(nn.Module):
-    """Phases (R, C) of the relations in radians, uniform in [-pi, pi] at the start."""
+    """Phases (R, C) of the relations in radians, initially uniform in [-pi, pi]."""
 
     def __init__(self, num_relations: int, width: int, generator: torch.Generator) -> None:
         super().__init__()
         self.phase_RC = nn.Parameter((torch.rand(num_relations, width // 2, generator=generator) * 2 - 1) * math.pi)
 
     def forward(self, relation: Tensor) -> Tensor:
-        """Phases of relation ids of any shape: (..., C)."""
+        """Return the phases (..., C) of relation ids of any shape."""
         return self.phase_RC[relation]
 
 
 def rotate(source_BD: Tensor, phase_BC: Tensor, sign_B: Tensor) -> Tensor:
-    """Rotate each source by its relation: by the phase for tail queries, against it for head queries.
+    """Rotate each source by its relation: by the phase for tail queries, by the negated phase for head queries.
 
     Args:
         source_BD: (..., D) sources.
@@ -39,7 +36,7 @@ def rotate(source_BD: Tensor, phase_BC: Tensor, sign_B: Tensor) -> Tensor:
         sign_B: (...) +1 for tail queries, -1 for head queries.
 
     Returns:
-        (..., D) float32 whatever the inputs' type.
+        (..., D) float32 for every input type.
 
     Raises:
         ShapeError: D is not 2 * C.
@@ -51,14 +48,3 @@ def rotate(source_BD: Tensor, phase_BC: Tensor, sign_B: Tensor) -> Tensor:
     angle = phase_BC.float() * sign_B[..., None]
     cos, sin = torch.cos(angle), torch.sin(angle)
     return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
-
-
-def distance(query_BD: Tensor, candidate_BD: Tensor) -> Tensor:
-    """(...) sum over C of complex moduli between vectors of broadcastable shapes (..., D); the plain form.
-
-    Source: RotatE, Sun et al. 2019, section 3; checked against complex arithmetic in tests/model/test_rotate.py.
-    """
-    C = query_BD.shape[-1] // 2
-    difference = query_BD.float() - candidate_BD.float()
-    square = difference[..., :C].square() + difference[..., C:].square()
-    return square.clamp_min(TINY).sqrt().sum(-1)

@@ -1,18 +1,19 @@
-"""The ranks of a run: who am I, on which device, and the few collectives that others need.
+"""The ranks of a run: this process's rank and device, and the few collectives that other packages need.
 
-There is always a process group, also for one process, so that no code has a branch for it. A second group of gloo
-carries the ids of coming steps from a background thread: its collectives never mix with those of the step.
+There is always a process group, also for one process, so that no code needs a branch for it. A second gloo group
+carries the ids of coming steps from a background thread, so its collectives never mix with those of the step.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,58 +21,54 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mocme_dist import errors
-from mocme_dist.errors import RankError
-from mocme_dist.parallel.shared import SharedSwap, join
+from mocme_dist.errors import ConfigError, RankError
+from mocme_dist.parallel.meeting import join_store, listen, listen_beside, open_store
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 _HERE = "mocme_dist/rank 0 is here"
 _LONG, _SAY_S = timedelta(days=30), 60
-# What a rank may read of others for a sum: all that each of them has. A ring moves twice what one has, however many there are.
-SUM_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Comm:
-    """This process among the others.
+    """This process and its group.
 
     Attributes:
         ahead: the background thread's own group.
-        swap, swap_ahead: pass tensors on the CPU through memory, where all ranks are on one machine; of the step, and
-            of the background thread. What they do not take goes through the process groups.
     """
 
     rank: int
     world_size: int
     device: torch.device
     ahead: dist.ProcessGroup
-    swap: SharedSwap | None = None
-    swap_ahead: SharedSwap | None = None
 
     def sum(self, value: Tensor) -> Tensor:
-        """`value` added over all ranks, as a new tensor without a gradient."""
-        if self.swap is not None and value.device.type == "cpu" and value.nbytes * (self.world_size - 1) <= SUM_BYTES:
-            return self.swap.sum(value.detach())
+        """Return `value` summed over all ranks, as a new tensor without a gradient."""
         total = value.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank passes True."""
+        """Return whether any rank passes True."""
         if self.world_size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, in order, on every rank; for small plain objects."""
+        """Return the values of all ranks, in order, on every rank; for small plain objects."""
+        if self.world_size == 1:
+            return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Value) -> Value:
-        """Rank 0's value on every rank; for small plain objects."""
+        """Return rank 0's value on every rank; for small plain objects."""
+        if self.world_size == 1:
+            return value
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
@@ -82,7 +79,7 @@ class Comm:
             self.sum(torch.zeros(1, device=self.device))
 
     def raise_together(self, error: BaseException | None) -> None:
-        """Raise on every rank when any rank passes an error: its own there, the first failing rank's kind elsewhere."""
+        """Raise on every rank if any passes an error: its own there, the first failing rank's kind elsewhere."""
         found = self.gather(None if error is None else (type(error).__name__, f"rank {self.rank}: {error}"))
         if error is not None:
             raise error
@@ -91,60 +88,83 @@ class Comm:
             raise kind("; ".join(message for _, message in failed))
 
 
-def pick_device() -> torch.device:
-    """This rank's accelerator, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return torch.device("cpu")
+def single() -> Comm:
+    """Return a single rank on the CPU without a process group; its sums are its own values."""
+    return Comm(0, 1, torch.device("cpu"), None)  # type: ignore[arg-type]
+
+
+def pick_device(gpus: float | Literal["auto"] = "auto") -> torch.device:
+    """Return the device of this rank.
+
+    Args:
+        gpus: GPUs per rank, as launch.gpus_per_worker; 0 means the CPU, "auto" a GPU if torch finds one.
+
+    Raises:
+        ConfigError: a GPU is requested and torch finds none.
+    """
+    if gpus == 0 or (gpus == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"launch.gpus_per_worker={gpus:g}: torch finds no GPU on {socket.gethostname()}; "
+            "install a torch with CUDA there, or set launch.gpus_per_worker=0"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 @contextmanager
-def communication(timeout_s: int) -> Iterator[Comm]:
-    """Join the process group that a launcher has made or described in the environment; alone otherwise.
+def communication(timeout_s: int, gpus: float | Literal["auto"] = "auto") -> Iterator[Comm]:
+    """Join the process group that a launcher made or described in the environment, or make one of a single rank.
 
-    Under Ray Train the group exists already; under torchrun RANK and MASTER_ADDR say how to join, and the others wait
-    for rank 0, however long it prepares; else this process is the only rank. A group made here is destroyed at the end.
+    Under Ray Train the group exists already. Under torchrun RANK and MASTER_ADDR say how to join, and the others wait
+    for rank 0, however long it prepares. A group made here is destroyed at the end.
+
+    Args:
+        timeout_s: seconds after which a waiting collective fails.
+        gpus: see `pick_device`.
     """
-    device = pick_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = pick_device(gpus)
     made_here = not dist.is_initialized()
     if made_here:
-        backend, timeout = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
         if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
             store, rank, world_size = _meet()
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            listen_beside("127.0.0.1")
+            store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+        make_group(device, store, rank, world_size, timeout_s)
+    elif device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         ahead = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        comm = Comm(dist.get_rank(), dist.get_world_size(), device, ahead)
-        with ExitStack() as stack:
-            swap, swap_ahead = (_join_memory(comm, stack, timeout_s) for _ in range(2))
-            yield replace(comm, swap=swap, swap_ahead=swap_ahead)
+        yield Comm(dist.get_rank(), dist.get_world_size(), device, ahead)
     finally:
         if made_here:
             dist.destroy_process_group()
 
 
-def _join_memory(comm: Comm, stack: ExitStack, timeout_s: int) -> SharedSwap | None:
-    """A way through memory, closed with `stack`; two of them never meet."""
-    if comm.world_size == 1 or comm.device.type != "cpu":
-        return None
-    way = join(comm.rank, comm.world_size, timeout_s, comm.gather)
-    if way is not None:
-        stack.callback(way.close)
-    return way
+def make_group(device: torch.device, store: Any, rank: int, world_size: int, timeout_s: int) -> None:
+    """Make the process group of all ranks; collective."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cuda:nccl,cpu:gloo"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _meet() -> tuple[Any, int, int]:
-    """The ranks' common store, this rank and how many there are; comes back when rank 0 is here as well.
+    """Return the ranks' common store, this rank and the world size, once rank 0 has arrived.
 
-    Rank 0 packs and extracts before it comes, for hours perhaps; a group's own time limit would end the others meanwhile.
-    A rank 0 that fails is their launcher's to notice: torchrun ends them.
+    Rank 0 packs and extracts first, perhaps for hours; a process group's own time limit would end the others
+    meanwhile. If rank 0 fails, the launcher notices: torchrun ends the others.
     """
-    store, rank, world_size = next(rendezvous("env://", timeout=_LONG))
+    listen_beside(os.environ["MASTER_ADDR"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens
+        store, rank, world_size = next(rendezvous("env://", timeout=_LONG))
+    else:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = open_store(listen(host, port), _LONG) if rank == 0 else join_store(host, port, _LONG)
     if rank == 0:
         store.set(_HERE, "")
     while rank != 0:

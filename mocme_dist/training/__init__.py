@@ -1,1 +1,1 @@
-"""The training run: engine, step, loop, checkpoints, logs and who launches them."""
+"""Training: plan, construction of a worker, engines, step, loop and the format of checkpoints."""

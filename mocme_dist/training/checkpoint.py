@@ -1,114 +1,192 @@
-"""Checkpoints without a topology: row ranges and full dense state, safetensors and JSON, no pickle.
+"""Format of a checkpoint: row ranges and the full dense state in safetensors files, and a manifest in JSON; no pickle.
 
-All ranks write into one temporary directory; rank 0 then writes the manifest with every file's size and hash, syncs,
-and renames. A checkpoint therefore exists as a whole or not at all, and any number of ranks at any ZeRO stage reads
-what any other wrote. Loading verifies first and falls back to the next older one, saying why.
+A checkpoint does not depend on the number of ranks: any number of ranks at any ZeRO stage reads what any other wrote.
+Each rank writes the rows it holds, rank 0 also writes the dense state. The manifest lists every file with its size and
+hash, and is written last: a folder without it is no checkpoint. Where checkpoints are kept, and which of them count, is
+left to `runs.checkpoints`.
 """
 
 from __future__ import annotations
 
-import logging
+import re
 import shutil
-import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mocme_dist.data.files import read_json, sha256_file, sync, write_json
-from mocme_dist.errors import CheckpointError, DataError, StorageError
-from mocme_dist.parallel.comm import Comm
+from mocme_dist.data.files import file_entry, read_json, sha256_file, sync
+from mocme_dist.data.manifests import Count, FileEntry, FileName, Manifest, Size, checked
+from mocme_dist.errors import CheckpointError, DataError
 from mocme_dist.parallel.table import EntityTable
+from mocme_dist.training.compatibility import changed_fields
 from mocme_dist.training.engine_rows import EngineRows
 
-log = logging.getLogger(__name__)
-
-MANIFEST, DENSE = "MANIFEST.json", "dense.safetensors"
-SUPERSEDED = "superseded"
-_TEMPORARY = ".tmp-"
-# Rows read at a time: 64 MiB of D 256 beside the table.
+MANIFEST = "MANIFEST.json"
+DENSE = "dense.safetensors"
+# For a run at a URL, the lease number and eight random digits follow the step.
+NAME = re.compile(r"step_(?P<step>\d{10})(?:-(?P<lease>\d{1,18})-[0-9a-f]{8})?", re.ASCII)
+# Rows read at a time: 64 MiB at D = 256, in addition to the table.
 _LOADED_ROWS = 1 << 16
+
+
+class PartEntry(FileEntry):
+    """A file of a checkpoint; `first` and `last` are set if it holds the rows [first, last) of the entity table."""
+
+    first: Count | None = None
+    last: Count | None = None
+
+
+class WarningState(Manifest):
+    """Symptoms of a run that were logged before; see `observe.diagnostics`."""
+
+    said: list[str]
+    best_mrr: float
+    without_better: Count
+
+
+class MonitorState(Manifest):
+    """The interval of steps that a checkpoint cut in two; see `observe.monitor`."""
+
+    seconds: float
+    interval_step: Count
+    interval_s: float
+    phases_s: dict[str, float]
+    sums: list[float]
+    skipped: Count = 0  # of older checkpoints
+    total_skipped: Count
+    sent_vectors: Count
+    signatures: WarningState | None = None
+
+
+class ScheduleState(Manifest):
+    """The schedule of the learning rates that the run followed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str
+    warmup_steps: Count
+    last_step: Count
+
+
+class CheckpointManifest(Manifest):
+    """Fields of MANIFEST.json. A later start of the run reads them all, so each is checked; older ones lack some."""
+
+    format: Literal[1]
+    step: Count
+    num_rows: Count
+    width: Size
+    optimizer: str
+    table_updates: Count
+    files: dict[FileName, PartEntry]
+    identity: dict[str, Any] = Field(default_factory=dict)
+    metric: float | None = None
+    lease: Count | None = None
+    best_mrr: float | None = None
+    first_loss: float | None = None
+    bad_evaluations: Count = 0
+    nonfinite: Count = 0
+    exploded: Count = 0
+    monitor: MonitorState | None = None
+    legs: list[str] = Field(default_factory=list)
+    schedule: ScheduleState | None = None
+
+    @model_validator(mode="after")
+    def _check_files(self) -> CheckpointManifest:
+        if DENSE not in self.files:
+            raise ValueError(f"files: lacks {DENSE}")
+        covered = 0
+        # A range without an end counts as one that ends before it begins.
+        parts = [
+            (part.first, -1 if part.last is None else part.last)
+            for part in self.files.values()
+            if part.first is not None
+        ]
+        for first, last in sorted(parts):
+            if first != covered or last < first:
+                break
+            covered = last
+        if covered != self.num_rows:
+            raise ValueError(f"parts cover rows [0, {covered:,}) of [0, {self.num_rows:,})")
+        return self
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that verified: where it is and what its manifest says."""
+    """A checkpoint: its folder on this machine and the content of its manifest."""
 
     path: Path
     manifest: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Steps done when it was written."""
+        """Number of training steps before it was written."""
         return int(self.manifest["step"])
 
 
 def step_name(step: int) -> str:
-    """Directory of the checkpoint of `step`; names sort as steps do."""
+    """Return the folder name of the checkpoint of `step`; names sort as steps do."""
     return f"step_{step:010d}"
 
 
-def save(
-    directory: Path,
-    step: int,
-    table: EntityTable | EngineRows,
-    dense: Mapping[str, Tensor],
-    manifest: dict[str, Any],
-    comm: Comm,
-    keep: int,
-) -> Path:
-    """Write, commit and then purge; collective.
-
-    Args:
-        directory: the run's checkpoints directory.
-        table: this rank's rows and their optimizer state.
-        dense: full dense state, the same on every rank; rank 0 writes it.
-        manifest: JSON fields to keep beside the files; "identity" must match at resume, "metric" picks the best.
-        keep: newest checkpoints that stay, besides the one with the best metric.
+def read_manifest(folder: Path) -> Saved:
+    """Return the checkpoint in `folder`, with its manifest checked before any file it names is opened.
 
     Raises:
-        StorageError: on every rank, when any rank could not write; earlier checkpoints are untouched.
+        CheckpointError: the manifest is missing, torn or impossible, or its step is not that of the folder's name.
     """
-    temporary = directory / comm.broadcast(f"{_TEMPORARY}{step}-{uuid.uuid4().hex[:8]}")
-    error: StorageError | None = None
-    entries: dict[str, Any] = {}
+    path = folder / MANIFEST
     try:
-        entries = write_parts(temporary, table, dense if comm.rank == 0 else {}, comm.rank)
-    except (OSError, SafetensorError) as cause:
-        error = StorageError(f"{directory}: checkpoint of step {step} could not be written: {cause}")
-    # StorageError alone: a lost peer must not pass for a full disk, which training survives.
-    try:
-        comm.raise_together(error)
-        gathered = comm.gather(entries)
-        if comm.rank == 0:
-            files = {name: entry for part in gathered for name, entry in part.items()}
-            try:
-                _commit(temporary, {**describe(step, table), "files": files, **manifest})
-            except (OSError, StorageError) as cause:
-                error = StorageError(f"{directory}: checkpoint of step {step} could not be committed: {cause}")
-        comm.raise_together(error)
-    except StorageError:
-        if comm.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    # Only now, when every rank knows that the new one exists, may older ones go.
-    if comm.rank == 0:
-        try:
-            _purge(directory, keep)
-        except OSError as cause:
-            log.warning("older checkpoints could not be removed: %s", cause)
-    return directory / step_name(step)
+        manifest = read_json(path)
+        checked(CheckpointManifest, manifest, path, "it does not count")
+    except DataError as error:
+        raise CheckpointError(f"{folder.name}: {MANIFEST} is missing or torn: {error}") from None
+    match = NAME.fullmatch(folder.name)
+    if match is None or int(match["step"]) != manifest["step"]:
+        raise CheckpointError(f"{folder.name}: {MANIFEST} says step {manifest['step']}, the folder name another")
+    return Saved(folder, dict(manifest))
+
+
+def write_parts(
+    folder: Path, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], rank: int
+) -> dict[str, dict[str, Any]]:
+    """Write one rank's files: its rows, and the dense state if given; return their manifest entries by name.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {"rows": table.rows_rD, **table.state}
+    needed = sum(value.numel() * value.element_size() for value in (*rows.values(), *dense.values()))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB free at {folder.parent}")
+    name = f"rows-{rank:05d}.safetensors"
+    entries = {name: {**_write(folder / name, rows), "first": table.first, "last": table.last}}
+    if dense:
+        entries[DENSE] = _write(folder / DENSE, dense)
+    return entries
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    sync(path)
+    return file_entry(path)
 
 
 def describe(step: int, table: EntityTable | EngineRows) -> dict[str, Any]:
-    """Of which table and by which libraries. No state of random numbers: every draw is a function of seed, step and rank."""
+    """Return manifest fields about the table and library versions.
+
+    No state of random generators is kept: every draw is a function of seed, step and rank.
+    """
     versions = {}
     for name in ("mocme-dist", "torch", "deepspeed", "safetensors"):
         with suppress(PackageNotFoundError):
@@ -125,215 +203,94 @@ def describe(step: int, table: EntityTable | EngineRows) -> dict[str, Any]:
     }
 
 
-def _commit(temporary: Path, manifest: dict[str, Any]) -> None:
-    """Manifest, sync, rename: from here on the checkpoint exists."""
-    directory, final = temporary.parent, temporary.parent / step_name(manifest["step"])
-    for name, entry in manifest["files"].items():
-        path = temporary / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise StorageError(f"{name} is not visible to rank 0: run.dir must be on storage that all nodes see")
-    write_json(temporary / MANIFEST, manifest)
-    sync(temporary)
-    # A torn one of the same step makes way for the whole one, and is deleted only afterwards.
-    aside = directory / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
-    if final.exists():
-        final.rename(aside)
-    temporary.rename(final)
-    sync(directory)
-    shutil.rmtree(aside, ignore_errors=True)
+def needed_files(saved: Saved, first: int, last: int) -> dict[str, dict[str, Any]]:
+    """Return the manifest entries of the files that rows [first, last) need, the dense state included."""
+    return {
+        name: entry
+        for name, entry in saved.manifest["files"].items()
+        if entry.get("first") is None or (entry["first"] < last and entry["last"] > first)
+    }
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a kill leaves something to sweep and not half a checkpoint."""
-    doomed = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def sweep(directory: Path) -> None:
-    """Clear what a killed run left half-written or half-deleted."""
-    for leftover in directory.glob(f"{_TEMPORARY}*"):
-        log.warning("%s was left half-written or half-deleted by a run that was killed; removed", leftover)
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def write_parts(temporary: Path, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
-    """One rank's files of a checkpoint: its rows, and the dense state where it is given; their manifest entries by name."""
-    temporary.mkdir(parents=True, exist_ok=True)
-    rows = {"rows": table.rows_rD, **table.state}
-    needed = sum(value.numel() * value.element_size() for value in (*rows.values(), *dense.values()))
-    free = shutil.disk_usage(temporary).free
-    if needed > free:
-        raise OSError(f"needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB free at {temporary.parent}")
-    name = f"rows-{rank:05d}.safetensors"
-    entries = {name: {**_write(temporary / name, rows), "first": table.first, "last": table.last}}
-    if dense:
-        entries[DENSE] = _write(temporary / DENSE, dense)
-    return entries
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    sync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def verify(path: Path, hashes: bool = True) -> Saved:
-    """The checkpoint at `path`; without `hashes` only that its files are there in their sizes.
+def check_hash(path: Path, entry: Mapping[str, Any]) -> None:
+    """Compare a file of a checkpoint with its manifest entry.
 
     Raises:
-        CheckpointError: what is wrong with which file: missing, size, hash, or no manifest.
+        CheckpointError: the file is missing, or its size or hash differs.
     """
-    try:
-        manifest = read_json(path / MANIFEST)
-        files = manifest["files"]
-        for name, entry in files.items():
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{path.name}: {name} is missing")
-            if file.stat().st_size != entry["bytes"]:
-                raise CheckpointError(f"{path.name}: {name} has size {file.stat().st_size}, manifest says {entry['bytes']}")
-            if hashes and sha256_file(file) != entry["sha256"]:
-                raise CheckpointError(f"{path.name}: {name}: sha256 differs from the manifest's")
-        int(manifest["step"])
-    except (DataError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name}: {MANIFEST} is missing or torn: {error}") from None
-    return Saved(path, manifest)
-
-
-def _candidates(directory: Path) -> list[Path]:
-    return sorted((path for path in directory.glob("step_*") if path.is_dir()), reverse=True) if directory.is_dir() else []
-
-
-def _purge(directory: Path, keep: int) -> None:
-    """Keep the `keep` newest whole checkpoints and the best one."""
-    sweep(directory)
-    whole = []
-    for path in _candidates(directory):
-        try:
-            whole.append(verify(path, hashes=False))
-        except CheckpointError:
-            continue  # torn: kept for the user to look at, and not counted
-    kept = worth_keeping(whole, keep)
-    for saved in whole:
-        if saved not in kept:
-            _remove(saved.path)
-
-
-def rewind(directory: Path, resume: str) -> None:
-    """Make the checkpoint that `resume` names ("none" or a step) the newest: newer ones move to `superseded`.
-
-    Left in place they would be newest and best for a run that no longer descends from them.
-
-    Raises:
-        CheckpointError: the named step does not verify; nothing is moved.
-    """
-    start = find(directory, resume)
-    newer = [path for path in _candidates(directory) if start is None or path.name > start.path.name]
-    for path in newer:
-        target = directory / SUPERSEDED / path.name
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            _remove(target)
-        path.rename(target)
-    if newer:
-        log.warning("%d checkpoints after the one to go on from moved to %s", len(newer), directory / SUPERSEDED)
-
-
-def find(directory: Path, resume: str, best: bool = False) -> Saved | None:
-    """The checkpoint to load, verified; None when there is none to look at or resume is "none".
-
-    Args:
-        resume: "auto" (newest that verifies), "none", or a step as text (that one and no other).
-        best: prefer the highest metric over the newest.
-
-    Raises:
-        CheckpointError: a named step does not verify, or candidates exist and none does; every reason is listed.
-    """
-    if resume == "none":
-        return None
-    if resume != "auto":
-        return verify(directory / step_name(int(resume)))
-    candidates = _candidates(directory)
-    reasons, valid = [], []
-    for path in candidates:
-        try:
-            saved = verify(path)
-        except CheckpointError as error:
-            log.warning("checkpoint %s is left out: %s", path.name, error)
-            reasons.append(str(error))
-            continue
-        if not best:
-            return saved
-        valid.append(saved)
-    if valid:
-        return max(valid, key=best_of)
-    if candidates:
-        raise CheckpointError(f"{directory}: no valid checkpoint: {'; '.join(reasons)}; delete them to start anew, or pass --resume none")
-    return None
+    where = f"{path.parent.name}: {path.name}"
+    if not path.is_file():
+        raise CheckpointError(f"{where} is missing")
+    if path.stat().st_size != entry["bytes"]:
+        raise CheckpointError(f"{where} has size {path.stat().st_size}, manifest says {entry['bytes']}")
+    if sha256_file(path) != entry["sha256"]:
+        raise CheckpointError(f"{where}: sha256 differs from the manifest's")
 
 
 def best_of(saved: Saved) -> tuple[bool, float, int]:
-    """What the best checkpoint has the most of: a metric, the metric, steps."""
+    """Return the sort key of the best checkpoint: the highest metric, and the newest of equal ones."""
     metric = saved.manifest.get("metric")
     return metric is not None, metric or 0.0, saved.step
 
 
-def worth_keeping(whole: list[Saved], keep: int) -> list[Saved]:
-    """Of whole checkpoints, newest first, the `keep` newest and the best."""
-    best = max(whole, key=best_of, default=None)  # without any metric the newest
-    return [saved for place, saved in enumerate(whole) if place < keep or saved is best]
+def worth_keeping(newest_first: Sequence[Saved], keep: int) -> list[Saved]:
+    """Return the `keep` newest checkpoints and the best one."""
+    best = max(newest_first, key=best_of, default=None)  # without any metric the newest
+    return [saved for place, saved in enumerate(newest_first) if place < keep or saved is best]
 
 
-def agree(directory: Path, resume: str, comm: Comm, best: bool = False) -> Saved | None:
-    """`find` by rank 0, its answer or its error on every rank; collective."""
-    found: Saved | None = None
-    error: CheckpointError | None = None
-    if comm.rank == 0:
-        try:
-            found = find(directory, resume, best)
-        except CheckpointError as cause:
-            error = cause
-    message = comm.broadcast(None if error is None else str(error))
-    if message is not None:
-        raise CheckpointError(message)
-    return comm.broadcast(found)
-
-
-def check_identity(saved: Saved, identity: Mapping[str, Any]) -> None:
+def check_compatible(saved: Saved, identity: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another model or data set.
 
+    Args:
+        identity: compatibility fields of the run that loads it.
+
     Raises:
-        CheckpointError: every field that differs, with both values.
+        CheckpointError: every setting that differs, with both values.
     """
-    theirs = saved.manifest.get("identity", {})
-    differing = [(key, str(theirs.get(key, "nothing")), str(value)) for key, value in identity.items() if theirs.get(key) != value]
-    if differing:
-        rows = [("setting", "checkpoint", "now"), *differing]
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        table = "\n".join(f"  {key:<{widths[0]}}  {then:<{widths[1]}}  {now}" for key, then, now in rows)
-        raise CheckpointError(f"{saved.path}: made with other settings; use another run.dir or the settings of then\n{table}")
+    if changed := changed_fields(saved.manifest.get("identity", {}), identity):
+        lines = "".join(f"\n  {line}" for line in changed)
+        raise CheckpointError(
+            f"{saved.path}: made with other settings, which may not change; "
+            f"use another run.dir or the settings it was made with{lines}"
+        )
+
+
+@contextmanager
+def _tensors(path: Path) -> Iterator[Any]:
+    """Yield an open file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not a safetensors file, or a tensor is missing or has another shape. Its hash may fit all
+            the same: the manifest may be of the same author.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path.parent.name}: {path.name} cannot be read: {reason}") from None
 
 
 def load_rows(saved: Saved, table: EntityTable | EngineRows) -> None:
-    """Fill this rank's range from whatever parts hold it.
+    """Fill this rank's range of the table from the files that hold it.
 
     Raises:
-        CheckpointError: the parts do not cover the range.
+        CheckpointError: the files do not cover the range.
     """
     with table.filling() as part:
         covered = 0
-        for name, entry in saved.manifest["files"].items():
-            first, last = entry.get("first"), entry.get("last")
+        for name, entry in needed_files(saved, part.first, part.last).items():
+            first = entry.get("first")
             if first is None:
                 continue
-            begin, end = max(first, part.first), min(last, part.last)
-            if begin >= end:
-                continue
+            begin = max(first, part.first)
+            end = min(entry["last"], part.last)
             for at in range(begin, end, _LOADED_ROWS):
                 to = min(at + _LOADED_ROWS, end)
-                # Opened anew for each piece: a slice is a copy, and pages of a mapped file are this process's while it is open.
-                with safe_open(saved.path / name, framework="pt") as file:
+                # The file is opened per piece: a slice is a copy, and mapped pages count as this process's until it
+                # is closed.
+                with _tensors(saved.path / name) as file:
                     for key, target in (("rows", part.rows_rD), *part.state.items()):
                         target[at - part.first : to - part.first].copy_(file.get_slice(key)[at - first : to - first])
             covered += end - begin
@@ -343,16 +300,21 @@ def load_rows(saved: Saved, table: EntityTable | EngineRows) -> None:
 
 
 def read_rows(saved: Saved, first: int, last: int) -> Tensor:
-    """(last - first, D) float32 rows of the entities [first, last), whatever parts hold them.
+    """Return (last - first, D) float32 rows of the entities [first, last).
 
     Raises:
-        CheckpointError: the parts do not cover the range.
+        CheckpointError: the files do not cover the range.
     """
-    pieces, covered = [], first
-    parts = [(entry["first"], entry["last"], name) for name, entry in saved.manifest["files"].items() if entry.get("first") is not None]
+    pieces = []
+    covered = first
+    parts = [
+        (entry["first"], entry["last"], name)
+        for name, entry in saved.manifest["files"].items()
+        if entry.get("first") is not None
+    ]
     for begin, end, name in sorted(parts):
         if begin <= covered < min(end, last):
-            with safe_open(saved.path / name, framework="pt") as file:
+            with _tensors(saved.path / name) as file:
                 pieces.append(file.get_slice("rows")[covered - begin : min(end, last) - begin].float())
             covered = min(end, last)
     if covered != last:
@@ -361,40 +323,10 @@ def read_rows(saved: Saved, first: int, last: int) -> Tensor:
 
 
 def load_dense(saved: Saved) -> dict[str, Tensor]:
-    """Full dense state by name."""
-    with safe_open(saved.path / DENSE, framework="pt") as file:
+    """Return the full dense state by name.
+
+    Raises:
+        CheckpointError: the file is not a safetensors file.
+    """
+    with _tensors(saved.path / DENSE) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-class Saver:
-    """Saves while training; a full disk is survived a few times before the run stops."""
-
-    def __init__(self, directory: Path, keep: int, comm: Comm, max_failures: int = 3) -> None:
-        self.directory, self.keep, self.comm, self.max_failures = directory, keep, comm, max_failures
-        self.failures = 0
-        if comm.rank == 0:
-            sweep(directory)
-
-    def save(self, step: int, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> str | None:
-        """Where it is saved, None when it is not; collective.
-
-        Raises:
-            StorageError: the last `max_failures` attempts all failed.
-        """
-        try:
-            place = self.write(step, table, dense, manifest)
-        except StorageError as error:
-            self.failures += 1
-            if self.failures >= self.max_failures:
-                raise
-            log.warning("training goes on without this checkpoint (%d of %d failures): %s", self.failures, self.max_failures, error)
-            return None
-        self.failures = 0
-        return place
-
-    def write(self, step: int, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], manifest: dict[str, Any]) -> str:
-        """One attempt; see `save` of this module."""
-        return str(save(self.directory, step, table, dense, manifest, self.comm, self.keep))
-
-    def flush(self) -> None:
-        """Finish what is still to be sent: nothing, for a folder."""

@@ -1,7 +1,7 @@
-"""Fused vectors of all entities of a rank, for ranking: held whole where they fit, else made a piece at a time.
+"""Fused vectors of all entities of a rank, for ranking: in memory if they fit, else one piece at a time.
 
-Encoding blocks lie at multiples of their size whatever the range of a rank, and are always encoded whole: a row meets
-the same kernels at every world size and in either form, so ranks are equal bit for bit.
+Blocks begin at multiples of their size, independently of a rank's range, and are always encoded whole. The same kernels
+therefore see a row at every world size and in either form, so vectors are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class EntityEncoder:
 
     Args:
         model: in evaluation mode while it is used.
-        inputs: local rows (V,) to what encoding needs.
-        partition, rank: whose rows.
-        block_rows: entities encoded at once.
-        piece_rows: at most so many vectors are held, at least one block.
-        width: D. device: where they are.
+        inputs: maps local rows (V,) to inputs of the encoder.
+        partition, rank: the rank whose rows are encoded.
+        block_rows: number of entities encoded at once.
+        piece_rows: largest number of vectors in memory; at least one block is.
+        device: where the vectors are.
 
     Attributes:
         finite: whether all vectors made so far were finite.
@@ -57,11 +57,11 @@ class EntityEncoder:
         self.weights_rM = torch.empty(0, len(model.modalities))
 
     def _blocks(self, first: int, last: int) -> range:
-        """Numbers of the blocks that hold ids of [first, last)."""
+        """Return the numbers of the blocks that contain ids of [first, last)."""
         return range(first // self.block_rows, -(-last // self.block_rows)) if last > first else range(0)
 
     def _bounds(self, turn: int) -> tuple[int, int, int]:
-        """The turn-th block here: (first id of the block, local begin, local end); empty behind the last one."""
+        """Return (first id, local begin, local end) of this rank's block number `turn`; empty after the last one."""
         blocks = self._blocks(self.first, self.last)
         if turn >= len(blocks):
             return self.first, self.num_rows, self.num_rows
@@ -69,10 +69,10 @@ class EntityEncoder:
         return start, max(self.first, start) - self.first, min(self.last, start + self.block_rows) - self.first
 
     def _encode(self, turn: int) -> tuple[Tensor, Tensor]:
-        """Vectors and modality weights of this rank's rows in its turn-th block."""
+        """Return vectors and modality weights of this rank's rows in its block number `turn`."""
         start, begin, end = self._bounds(turn)
         offset = begin + self.first - start if end > begin else 0
-        # Ranking runs in inference mode; what ZeRO-3 gathers in it could not be trained with afterwards.
+        # Ranking runs in inference mode; parameters that ZeRO-3 gathers in it could not be trained afterwards.
         with torch.inference_mode(False), torch.no_grad():
             rows = torch.arange(begin, end, device=self.device)
             fused = self.model.encode(*pad_block(self.inputs(rows), offset, self.block_rows))
@@ -81,22 +81,23 @@ class EntityEncoder:
         return fused.z_VD[here], fused.inter_VM[here]
 
     def whole(self) -> RowShard:
-        """All vectors of this rank in memory."""
-        z_rD = torch.empty(self.num_rows, self.model.settings.width, device=self.device)
+        """Return all vectors of this rank."""
+        z_rD = torch.empty(self.num_rows, self.model.blocks.total, device=self.device)
         for piece in self._pieces(range(self.rounds), 1):
             z_rD[piece.first - self.first :][: piece.num_rows] = piece.z_rD
         return RowShard(z_rD, self.first)
 
     def pieces(self) -> Iterator[RowShard]:
-        """See `Vectors`; a piece is there until the next one is made."""
+        """See `Vectors`; a piece is valid until the next one is made."""
         return self._pieces(range(self.rounds), self.piece_blocks)
 
     def _pieces(self, turns: range, blocks: int) -> Iterator[RowShard]:
-        # One buffer for all pieces: two of them, and the blocks of a third, would be what the pieces are there to save.
-        # One for the weights, too: a small tensor kept from each block made holes that the next block's did not fit
-        # into, 300 MB of them in a million rows.
+        # One buffer for all pieces, because two of them and the blocks of a third would need the memory that pieces
+        # save. One for the weights, too: a small tensor per block fragmented the heap by 300 MB per million rows.
         weights_rM = torch.empty(self.num_rows, len(self.model.modalities), device=self.device)
-        buffer_ND = torch.empty(min(blocks * self.block_rows, self.num_rows), self.model.settings.width, device=self.device)
+        buffer_ND = torch.empty(
+            min(blocks * self.block_rows, self.num_rows), self.model.blocks.total, device=self.device
+        )
         for start in range(0, len(turns), blocks):
             begin = end = self._bounds(start)[1]
             for turn in turns[start : start + blocks]:
@@ -108,8 +109,8 @@ class EntityEncoder:
         self.weights_rM = weights_rM
 
     def pick(self, ids_Q: np.ndarray) -> Tensor:
-        """See `Vectors`; encodes the blocks that hold the entities, each whole."""
-        out_QD = torch.zeros(len(ids_Q), self.model.settings.width, device=self.device)
+        """See `Vectors`; encodes every block that contains one of the entities, as a whole."""
+        out_QD = torch.zeros(len(ids_Q), self.model.blocks.total, device=self.device)
         local_Q = torch.from_numpy(ids_Q).to(self.device) - self.first
         for turn in range(self.rounds):
             _, begin, end = self._bounds(turn)
@@ -119,9 +120,9 @@ class EntityEncoder:
         return out_QD
 
 
-def pad_block(entities: EntityInput, offset: int, size: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The entities at `offset` of a block of `size` rows; the other rows are absent zeros."""
-    after = size - offset - len(entities.held_out_V)
-    pad_rows = lambda value: torch.nn.functional.pad(value, (0, 0, offset, after))  # noqa: E731
-    raw = {name: pad_rows(value) for name, value in entities.raw.items()}
-    return raw, torch.nn.functional.pad(entities.present_MV, (offset, after)), torch.nn.functional.pad(entities.held_out_V, (offset, after))
+def pad_block(entities: EntityInput, offset: int, size: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return features and presence of a block of `size` rows with the entities at `offset`; the other rows are absent
+    zeros."""
+    after = size - offset - entities.present_MV.shape[1]
+    raw = {name: torch.nn.functional.pad(value, (0, 0, offset, after)) for name, value in entities.raw.items()}
+    return raw, torch.nn.functional.pad(entities.present_MV, (offset, after))

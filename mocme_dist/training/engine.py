@@ -1,312 +1,292 @@
-"""The engine of the dense parameters under DeepSpeed: ZeRO 0-3, float32 or bfloat16. The only file that knows deepspeed.
+"""The contract of an engine, and the plain engine: the reference for DeepSpeed, and its replacement without DeepSpeed.
 
-Whatever the stage, it is used as the plain twin is (plain_engine has the contract), and its state is that twin's.
+An engine averages dense gradients over ranks, clips them, applies Adam, and returns or loads the full dense state by
+name. One global norm, of the dense gradients and the rows outside the engine together, serves clipping and the finite
+check.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import math
-import os
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from mocme_dist.config.schema import DeepSpeedConfig
-from mocme_dist.errors import ConfigError
+from mocme_dist.errors import CheckpointError
 from mocme_dist.parallel.comm import Comm
-from mocme_dist.training.plain_engine import (
-    MOMENTS,
-    Engine,
-    TorchEngine,
-    buffers_of,
-    check_state,
-    clip_factor,
-    clip_plain,
-    load_plain_state,
-    make_adam,
-    plain_apart,
-    plain_state,
-    set_plain_apart,
-    together,
-)
 
-log = logging.getLogger(__name__)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class DeepSpeedEngine:
-    """DeepSpeed with ZeRO 0-3. The configuration it gets is made here, key by key: it ignores what it does not know."""
+class Engine(Protocol):
+    """Engine of the dense parameters. Its constructor takes the name of a parameter to keep apart, or None.
+
+    The parameter apart is too large to be gathered. It is trained like the others, but `state` leaves it out.
+    """
+
+    module: nn.Module
+    clip: float
+
+    def __call__(self, *args: Any) -> Any:
+        """Forward through the wrapped module."""
+
+    @property
+    def plain_adam(self) -> torch.optim.Optimizer | None:
+        """Adam if it updates whole float32 parameters of the module; None if an optimizer of ZeRO is between."""
+
+    def keep_norm(self, norm: Tensor) -> None:
+        """Make `gradient_norm` return the norm of a step that was taken without `step`."""
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add gradients of the dense parameters and of any leaf in the graph.
+
+        Args:
+            last: whether this is the last part of a step; gradients of earlier parts are only summed.
+        """
+
+    def step(self, outside: Tensor, finite: Tensor) -> Tensor:
+        """Average, clip, update, and discard the gradients; collective.
+
+        Args:
+            outside: norm of this step's gradients outside the engine, float64 scalar, the same on every rank.
+            finite: bool scalar, the same on every rank; False discards the gradients and updates nothing.
+
+        Returns:
+            The factor by which clipping multiplied the gradients, float64 scalar, the same on every rank. 0 if a
+            gradient of any rank or `outside` is not finite, or `finite` is False; nothing is updated then.
+        """
+
+    def scale_rates(self, factor: float) -> None:
+        """Make the next steps use `factor` times the initial learning rates of the groups, unless `scheduled` is
+        false."""
+
+    def gradient_norm(self) -> float:
+        """Return the global norm of the dense gradients of the last step, before clipping; waits for the device."""
+
+    def apart_range(self) -> tuple[int, int]:
+        """Return the range of elements of the flat parameter apart that this rank holds."""
+
+    def apart_state(self) -> dict[str, Tensor]:
+        """Return this rank's part of its float32 value and moments ("value", "exp_avg", "exp_avg_sq"), flat, not
+        copied."""
+
+    def set_apart(self, state: dict[str, Tensor]) -> None:
+        """Load what `apart_state` returns; collective."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return full values, moments and buffers by name, without the parameter apart; collective.
+
+        They are float32 on the CPU, the same on every rank.
+        """
+
+    def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
+        """Load what `state` returned at any stage and number of ranks; collective.
+
+        Args:
+            num_updates: number of steps applied so far, for Adam's bias correction.
+
+        Raises:
+            CheckpointError: names or shapes differ from those of this model.
+        """
+
+
+def clip_factor(norm: Tensor, clip: float) -> Tensor:
+    """Return the factor that limits a global norm to `clip` (0 is off), as torch's clip_grad_norm_ does."""
+    return (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers by name; the others are derived."""
+    parameters = dict(module.named_parameters())
+    return {name: value for name, value in module.state_dict().items() if name not in parameters}
+
+
+def together(module: nn.Module, apart: str | None) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters by name, without the one apart."""
+    return [(name, p) for name, p in module.named_parameters() if name != apart]
+
+
+def check_state(module: nn.Module, apart: str | None, state: dict[str, Tensor]) -> None:
+    """Refuse a state of another model. Under ZeRO-3 the shape of a parameter is that of its part.
+
+    Raises:
+        CheckpointError: tensors differ; with both shapes.
+    """
+    here = {f"buffer/{name}": tuple(value.shape) for name, value in buffers_of(module).items()}
+    for name, p in together(module, apart):
+        here |= {f"{kind}/{name}": tuple(getattr(p, "ds_shape", p.shape)) for kind in ("value", *MOMENTS)}
+    there = {name: tuple(value.shape) for name, value in state.items()}
+    differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if differing:
+        shown = "; ".join(
+            f"{name}: checkpoint {there.get(name, 'nothing')}, now {here.get(name, 'nothing')}"
+            for name in differing[:4]
+        )
+        raise CheckpointError(
+            f"dense state: {len(differing)} tensors differ from this model's: {shown}; the settings or "
+            "the widths of the "
+            "features have changed; use another run.dir or the earlier settings"
+        )
+
+
+def make_adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
+    """Return Adam of the dense parameters, fused: one pass over each parameter instead of a dozen."""
+    return torch.optim.Adam(groups, fused=True)
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Implement `Engine.scale_rates` for an optimizer with the groups of the engine."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        if group.get("scheduled", True):
+            group["lr"] = group["initial_lr"] * factor
+
+
+class TorchEngine:
+    """Plain Adam and one flat all-reduce: the twin that parity tests compare with, and the engine without DeepSpeed."""
 
     def __init__(
-        self, module: nn.Module, groups: list[dict[str, Any]], clip: float, config: DeepSpeedConfig, comm: Comm, apart: str | None
+        self, module: nn.Module, groups: list[dict[str, Any]], clip: float, comm: Comm, apart: str | None = None
     ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", comm.device.type)
-        # Launchers set it; DeepSpeed asks for it even where there is none and this process is the only rank.
-        os.environ.setdefault("LOCAL_RANK", str(comm.device.index or 0))
-        deepspeed = _import_deepspeed()
-        # DeepSpeed's own optimizer for bf16 at stage 0 shows neither masters nor moments; stage 1 gives equal numbers.
-        self.stage = max(config.stage, 1) if config.bf16 else config.stage
-        self.comm, self.clip, self.apart, self._offloads = comm, clip, apart, config.offload_optimizer == "cpu"
-        optimizer = make_adam(groups)
-        exact = [buffer.clone() for buffer in module.buffers()]
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_settings(config, self.stage, clip), dist_init_required=False
-        )
-        self.module, self.plain, self._norm, self._outside = module, optimizer, 0.0, 0.0
-        self._adding = False
-        self._count_outside()
-        # The engine casts buffers along with the parameters; statistics and moving averages need their digits.
-        for buffer, value in zip(module.buffers(), exact, strict=True):
-            buffer.data = value
-        self._make_moments()
+        self.module, self.clip, self.comm, self.apart = module, clip, comm, apart
+        self.optimizer = make_adam(groups)
+        self._norm = torch.zeros(())
 
     def __call__(self, *args: Any) -> Any:
         """Forward."""
-        return self.engine(*args)
+        return self.module(*args)
 
-    def _count_outside(self) -> None:
-        """Make the optimizer's own norm, which it clips and judges by, that of the rows outside as well."""
-        if self._is_plain():
-            return
-        if self.stage == 3:
-            groups = self.optimizer._get_norm_groups
+    @property
+    def plain_adam(self) -> torch.optim.Optimizer | None:
+        """See `Engine`."""
+        return self.optimizer
 
-            def norms() -> list[Tensor]:
-                found = [norm.detach().clone() for norm in groups()]
-                self._norm = _total(found)
-                return [*found, found[0].new_tensor(self._outside)]
-
-            self.optimizer._get_norm_groups = norms
-            return
-        whole = self.optimizer.scaled_global_norm
-
-        def norm() -> Tensor:
-            found = whole()
-            self._norm = _total([found])
-            return found.new_tensor(math.hypot(self._norm, self._outside))
-
-        self.optimizer.scaled_global_norm = norm
+    def keep_norm(self, norm: Tensor) -> None:
+        """See `Engine`."""
+        self._norm = norm
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Through the engine: plain backward is refused at stage 0."""
-        if not self._adding:
-            self._forget_last()
-        self._adding = not last
-        self.engine.set_gradient_accumulation_boundary(last)
-        # A part's loss is its share of the whole step's: it must not be divided again, nor its rows' gradient.
-        self.engine.backward(loss, scale_wrt_gas=False)
+        """See `Engine`; after the last part, gradients are averaged over ranks."""
+        loss.backward()
+        if not last:
+            return
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        # A parameter that this rank's graph did not reach counts as zero, as it does under DeepSpeed: all ranks reduce
+        # the same flat vector, and one count of updates serves all moments.
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+        flat = self.comm.sum(flat) / self.comm.world_size
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
 
-    def _forget_last(self) -> None:
-        """Where a parameter is out of reach of this loss, its last gradient would be applied once more."""
-        if self.stage == 3:
-            self.optimizer.grad_partitions_flat_buffer.zero_()
-        if self._offloads:
-            for flat in self._masters():
-                if flat.grad is not None:
-                    flat.grad.zero_()
+    def step(self, outside: Tensor, finite: Tensor) -> Tensor:
+        """See `Engine`."""
+        self._norm, factor = clip_plain(self.module, self.clip, outside, finite)
+        step_if(self.optimizer, factor > 0)
+        self.optimizer.zero_grad()
+        return factor
 
-    def _masters(self) -> list[Tensor]:
-        """This rank's flat float32 masters, one a group; not where the engine is plain."""
-        return list(self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self.optimizer.single_partition_of_fp32_groups)
-
-    def step(self, outside: float = 0.0) -> float:
-        """Clip and update. Plain Adam would step on whatever it finds; the engine's own optimizers look first."""
-        if self._is_plain():
-            self._norm, factor = clip_plain(self.module, self.clip, outside)
-            if factor:
-                self.engine.step()
-            else:
-                self.engine.zero_grad()
-            return factor
-        self._norm, self._outside = math.nan, outside
-        self.engine.step()
-        return clip_factor(math.hypot(self._norm, outside), self.clip) if self.engine.was_step_applied() else 0.0
-
-    def skip(self) -> None:
-        """Forget them. The engine keeps reduced gradients in places of its own; a norm that is none makes it drop them all."""
-        self.step(math.nan)
+    def scale_rates(self, factor: float) -> None:
+        """See `Engine`."""
+        scale_rates(self.optimizer, factor)
 
     def gradient_norm(self) -> float:
-        """Of the last step."""
-        return self._norm
+        """See `Engine`."""
+        return float(self._norm)
 
     def apart_range(self) -> tuple[int, int]:
-        """An equal part a rank; all of it where the engine is plain."""
-        p = self.module.get_parameter(str(self.apart))
-        size = getattr(p, "ds_numel", p.numel())
-        if self._is_plain():
-            return 0, size
-        part = size // self.comm.world_size
-        return part * self.comm.rank, part * (self.comm.rank + 1)
+        """See `Engine`; every rank holds all of it."""
+        return 0, self.module.get_parameter(str(self.apart)).numel()
 
     def apart_state(self) -> dict[str, Tensor]:
-        """See `Engine`; masters and moments where the engine keeps them."""
-        if self._is_plain():
-            return plain_apart(self.module, self.plain, self.apart)
-        p = self.module.get_parameter(str(self.apart))
-        if self.stage == 3:
-            return {n: self.optimizer.get_local_fp32_param(p, None if n == "value" else n).detach() for n in ("value", *MOMENTS)}
-        mapping, (begin, end) = p._hp_mapping, self.apart_range()  # type: ignore[attr-defined]
-        place = mapping.lp_fragment_address
-        assert (place.start, place.numel) == (begin, end - begin), "the parameter apart is its group's only one, and divides evenly"
-        return {n: mapping.get_hp_fragment(None if n == "value" else n).detach() for n in ("value", *MOMENTS)}
+        """See `Engine`."""
+        return plain_apart(self.module, self.optimizer, self.apart)
 
     def set_apart(self, state: dict[str, Tensor]) -> None:
-        """Into masters and moments, then into the copies that the forward pass reads."""
-        if self._is_plain():
-            set_plain_apart(self.module, self.plain, self.apart, state)
-            return
-        p = self.module.get_parameter(str(self.apart))
-        with torch.no_grad():
-            for name, value in state.items():
-                if self.stage == 3:
-                    self.optimizer.set_local_hp_param(value, p, None if name == "value" else name)
-                else:
-                    self.apart_state()[name].copy_(value)
-            if self.stage < 3:
-                self.optimizer.update_lp_params()
-                return
-            # As at the end of a step: parts from masters, and what is small enough is gathered for good.
-            self.optimizer._partition_all_parameters()
-            for number in range(len(self.optimizer.fp16_groups)):
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
-            if kept := self.optimizer.persistent_parameters:
-                kept[0].all_gather(kept)
+        """See `Engine`."""
+        set_plain_apart(self.module, self.optimizer, self.apart, state)
 
     def state(self) -> dict[str, Tensor]:
-        """Full tensors at any stage; every rank takes part."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if self._is_plain():
-            return plain_state(self.module, self.plain, self.apart)
-        out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(self.module).items()}
-        for name, p in together(self.module, self.apart):
-            out[f"value/{name}"] = safe_get_full_fp32_param(p).float().cpu().clone()
-            for moment in MOMENTS:
-                value = safe_get_full_optimizer_state(p, moment)
-                out[f"{moment}/{name}"] = torch.zeros_like(out[f"value/{name}"]) if value is None else value.float().cpu().clone()
-        return out
+        """See `Engine`."""
+        return plain_state(self.module, self.optimizer, self.apart)
 
     def load_state(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Full tensors into whatever parts this stage keeps."""
-        if self._is_plain():
-            load_plain_state(self.module, self.plain, self.apart, state, num_updates)
-            return
-        check_state(self.module, self.apart, state)
-        with torch.no_grad():
-            for name, buffer in buffers_of(self.module).items():
-                buffer.copy_(state[f"buffer/{name}"])
-            for name, p in together(self.module, self.apart):
-                self._set_full(p, state[f"value/{name}"].to(self.comm.device), None)
-                for moment in MOMENTS:
-                    self._set_full(p, state[f"{moment}/{name}"].to(self.comm.device), moment)
-        if self.stage < 3:
-            # What is set are the float32 masters; the parameters that the forward pass reads are copies of them.
-            self.optimizer.update_lp_params()
-        for values in self.plain.state.values():
-            values["step"].fill_(num_updates)
-
-    def _set_full(self, p: nn.Parameter, value: Tensor, moment: str | None) -> None:
-        """Put this rank's part of `value` where the stage keeps it: the master of `p` or one of its moments."""
-        if self.stage < 3:
-            p.set_full_hp_param(value, moment)  # type: ignore[attr-defined]
-            return
-        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        # Parts are padded to one size; deepspeed's own full setters fail where a parameter does not divide evenly.
-        size = safe_get_local_fp32_param(p).numel()
-        padded = torch.nn.functional.pad(value.flatten(), (0, size * self.comm.world_size - value.numel()))
-        part = padded[size * self.comm.rank : size * (self.comm.rank + 1)]
-        if moment is not None:
-            safe_set_local_optimizer_state(p, part, moment)
-            return
-        import deepspeed
-
-        safe_set_local_fp32_param(p, part)
-        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-            p.copy_(value)
-
-    def _make_moments(self) -> None:
-        """Give Adam the state that its first step would make: until then DeepSpeed can neither show nor take moments."""
-        if self._is_plain():
-            return
-        for flat in self._masters():
-            self.plain.state[flat] = {
-                "step": torch.tensor(0.0, device=flat.device),
-                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-            }
-        if self.stage < 3:
-            self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _is_plain(self) -> bool:
-        """Stage 0 in float32 leaves parameters and optimizer as they are."""
-        return self.optimizer is self.plain
+        """See `Engine`."""
+        load_plain_state(self.module, self.optimizer, self.apart, state, num_updates)
 
 
-def _settings(config: DeepSpeedConfig, stage: int, clip: float) -> dict[str, Any]:
-    """DeepSpeed's configuration, made key by key: it ignores what it does not know."""
-    zero: dict[str, Any] = {"stage": stage}
-    if config.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        # In plain float32 at stage 0 we clip, because the engine sees no gradients but its own.
-        "gradient_clipping": clip if stage else 0.0,
-        "zero_optimization": zero,
-        "bf16": {"enabled": config.bf16},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**62,
-    }
+def clip_plain(module: nn.Module, clip: float, outside: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Clip averaged gradients in the `grad` fields of the parameters.
 
-
-def _total(norms: list[Tensor]) -> float:
-    """Norm of several groups; DeepSpeed writes -1 for one that is not finite."""
-    values = [float(norm) for norm in norms]
-    return math.hypot(*(value if value >= 0 else math.nan for value in values))
-
-
-def _import_deepspeed() -> Any:
-    import deepspeed
-    import deepspeed.ops
-
-    # On a CPU, joining a group would build a shared-memory extension with the C++ compiler for a minute or two, and
-    # fail without one; gloo serves us. A private name, so its absence is no error.
-    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
-    compatible["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if dist.is_initialized() and not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=None, verbose=False)
-    return deepspeed
-
-
-def make_engine(
-    module: nn.Module, groups: list[dict[str, Any]], clip: float, config: DeepSpeedConfig, comm: Comm, apart: str | None = None
-) -> Engine:
-    """The engine that the configuration asks for.
-
-    Args:
-        module: the dense part; on `comm.device` already.
-        groups: Adam's parameter groups.
-        clip: largest gradient norm, 0 is off.
-        apart: name of a parameter that no rank gathers (see `Engine`), alone in its group.
-
-    Raises:
-        ConfigError: DeepSpeed is asked for and not installed, or bf16 or offloading without it.
+    Returns:
+        Their norm, and the factor by which they were multiplied, float64 scalar; 0 if the norm or `outside` is not
+        finite, or `finite` is False: the gradients must not be applied then.
     """
-    installed = importlib.util.find_spec("deepspeed") is not None
-    if config.engine == "torch" or (config.engine == "auto" and not installed):
-        if config.bf16:
-            raise ConfigError("deepspeed.bf16: the torch engine is float32; install deepspeed or set deepspeed.bf16=false")
-        if config.offload_optimizer != "none":
-            raise ConfigError("deepspeed.offload_optimizer: the torch engine has none; install deepspeed or set it to none")
-        if config.engine == "auto":
-            log.warning("deepspeed is not installed: the dense part runs under its plain torch twin, without ZeRO")
-        return TorchEngine(module, groups, clip, comm, apart)
-    if not installed:
-        raise ConfigError("deepspeed.engine: deepspeed is not installed; pip install deepspeed, or set deepspeed.engine=torch")
-    return DeepSpeedEngine(module, groups, clip, config, comm, apart)
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    total = torch.hypot(norm.double(), outside)
+    factor = torch.where(finite & torch.isfinite(total), clip_factor(total, clip), 0.0)
+    if clip:
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    return norm, factor
+
+
+def step_if(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """Take a step of a fused optimizer if a bool scalar is True, without a look at it: as torch's GradScaler does."""
+    optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def _moments(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    """Return Adam's moments of a parameter, created as Adam's first step would if there are none yet."""
+    if not optimizer.state[p]:
+        optimizer.state[p] = {
+            "step": torch.tensor(0.0, device=p.device),
+            **{moment: torch.zeros_like(p) for moment in MOMENTS},
+        }
+    return {moment: optimizer.state[p][moment] for moment in MOMENTS}
+
+
+def plain_apart(module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None) -> dict[str, Tensor]:
+    """Implement `Engine.apart_state` for parameters and moments that are whole on every rank."""
+    p = module.get_parameter(str(apart))
+    return {"value": p.detach().flatten(), **{name: value.flatten() for name, value in _moments(optimizer, p).items()}}
+
+
+def set_plain_apart(
+    module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None, state: dict[str, Tensor]
+) -> None:
+    """Implement `Engine.set_apart` for parameters and moments that are whole on every rank."""
+    for name, target in plain_apart(module, optimizer, apart).items():
+        target.copy_(state[name])
+
+
+def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None) -> dict[str, Tensor]:
+    """Implement `Engine.state` for parameters and moments that are whole on every rank."""
+    out = {f"buffer/{name}": value.detach().float().cpu().clone() for name, value in buffers_of(module).items()}
+    for name, p in together(module, apart):
+        out[f"value/{name}"] = p.detach().float().cpu().clone()
+        for moment in MOMENTS:
+            value = optimizer.state.get(p, {}).get(moment)
+            out[f"{moment}/{name}"] = (
+                torch.zeros_like(out[f"value/{name}"]) if value is None else value.detach().float().cpu().clone()
+            )
+    return out
+
+
+def load_plain_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None, state: dict[str, Tensor], num_updates: int
+) -> None:
+    """Implement `Engine.load_state` for parameters and moments that are whole on every rank."""
+    check_state(module, apart, state)
+    with torch.no_grad():
+        for name, p in together(module, apart):
+            p.copy_(state[f"value/{name}"])
+        for name, buffer in buffers_of(module).items():
+            buffer.copy_(state[f"buffer/{name}"])
+    for name, p in together(module, apart):
+        moments = {moment: state[f"{moment}/{name}"].to(p.device, p.dtype, copy=True) for moment in MOMENTS}
+        optimizer.state[p] = {"step": torch.tensor(float(num_updates), device=p.device), **moments}
+    if apart is not None:
+        p = module.get_parameter(apart)
+        _moments(optimizer, p)
+        optimizer.state[p]["step"].fill_(float(num_updates))

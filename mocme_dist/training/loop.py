@@ -1,238 +1,243 @@
-"""The run of one rank: resume, step through the epochs, evaluate, checkpoint, and report at the end."""
+"""The training loop of one rank: resume, step through the epochs, evaluate, save. It receives saver, finder and
+reporter."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mocme_dist.batching.loader import Prefetcher
 from mocme_dist.batching.sampler import key64
-from mocme_dist.cluster import return_pages
-from mocme_dist.config import Config, dump_config
-from mocme_dist.data.files import write_json
-from mocme_dist.errors import CheckpointError, ConfigError, DivergedError, Preempted, StorageError
-from mocme_dist.parallel.comm import communication
-from mocme_dist.training import checkpoint, remote, remote_saver
-from mocme_dist.training.checkpoint import Saver
-from mocme_dist.training.lease import Held
-from mocme_dist.training.log import RunLog, duration
-from mocme_dist.training.monitor import Monitor, advice
-from mocme_dist.training.profiler import StepProfiler
-from mocme_dist.training.rundir import RunDirectory
-from mocme_dist.training.step import train_step
-from mocme_dist.training.worker import Worker, open_dataset
+from mocme_dist.config import dump_config
+from mocme_dist.data.progress import Progress
+from mocme_dist.errors import CheckpointError, DivergedError, Preempted
+from mocme_dist.memory import return_pages
+from mocme_dist.parallel.table import EntityTable
+from mocme_dist.prefetch import Prefetcher
+from mocme_dist.training import checkpoint
+from mocme_dist.training.checkpoint import Saved
+from mocme_dist.training.engine_rows import EngineRows
+from mocme_dist.training.prefetch import Prepared
+from mocme_dist.training.rates import Schedule
+from mocme_dist.training.step import StepResult, train_step
+from mocme_dist.training.tally import EXPLODED
+from mocme_dist.training.worker import Worker
 
 log = logging.getLogger(__name__)
 
-Stop = Callable[[], bool]
+
+class Saver(Protocol):
+    """Writes checkpoints; every rank calls it."""
+
+    def save(
+        self, step: int, table: EntityTable | EngineRows, dense: Mapping[str, Tensor], manifest: dict[str, Any]
+    ) -> str | None:
+        """Save a checkpoint; return its path or URL, None if it could not be saved."""
+
+    def flush(self) -> None:
+        """Finish what `save` left to be done."""
 
 
-@dataclass(frozen=True)
-class Hooks:
-    """What a launcher wants to know of a run, called on every rank.
+class Reporter:
+    """Receives what the loop does, on every rank; this one ignores it."""
 
-    Attributes:
-        beat: before each step, with its number.
-        saved: after each checkpoint, with its path or address and manifest fields; collective if it likes.
-    """
+    def running(self) -> AbstractContextManager[object]:
+        """Return a context that lasts as long as the steps."""
+        return nullcontext()
 
-    beat: Callable[[int], None] = lambda step: None
-    saved: Callable[[str, dict[str, Any]], None] = lambda place, manifest: None
+    def before_step(self, step: int) -> None:
+        """Called before each step, counted from 0."""
 
+    def after_step(self, step: int, result: StepResult, sent_vectors: int) -> None:
+        """Called after each step with the number of steps so far."""
 
-def run_training(config: Config, stop: Stop | None = None, hooks: Hooks | None = None, held: Held | None = None) -> dict[str, Any]:
-    """Train and then evaluate the best checkpoint on test; the report, the same on every rank.
+    def evaluated(self, step: int, epoch: int, metrics: dict[str, Any], seconds: float) -> None:
+        """Called with the metrics of the validation split."""
 
-    Args:
-        config: with absolute paths.
-        stop: asked once a step; True saves a checkpoint and raises Preempted.
-        hooks: of the launcher.
-        held: the lease, of a run at a URL; rank 0's counts.
+    def manifest_fields(self) -> dict[str, Any]:
+        """Return fields that each checkpoint keeps for a later start of the run."""
+        return {}
 
-    Raises:
-        Preempted, DivergedError, CheckpointError, DataError, StorageError: see `errors`.
-    """
-    directory = RunDirectory(config.run.dir)
-    with communication(config.launch.timeout_s) as comm:
-        held = comm.broadcast(held)
-        worker = Worker(config, open_dataset(config), comm)
-        run = Training(config, worker, directory, stop or directory.stop_file.exists, hooks, held)
-        try:
-            run.train()
-            report = run.finish()
-        except BaseException:
-            if comm.rank == 0:
-                directory.try_to_send(held)
-            raise
-        if comm.rank == 0:
-            directory.insist_to_send(held)
-        return report
+    def saved(self, place: str | None, manifest: dict[str, Any]) -> None:
+        """Called after each checkpoint with its path or URL, None if it could not be saved."""
 
 
-def run_evaluation(config: Config, split: str, step: str) -> dict[str, Any]:
-    """Metrics of a split under the best checkpoint of a run, or under that of a given step.
+def restore(worker: Worker, saved: Saved) -> None:
+    """Load a checkpoint of any number of ranks and any ZeRO stage into a worker; collective.
 
     Raises:
-        CheckpointError: there is none, or none that verifies.
+        CheckpointError: it was made with other settings, or its files do not cover this rank's rows.
     """
-    directory = RunDirectory(config.run.dir)
-    with communication(config.launch.timeout_s) as comm:
-        worker = Worker(config, open_dataset(config), comm)
-        saved = find(directory, step, worker, best=True)
-        if saved is None:
-            raise CheckpointError(f"{directory.place}: no checkpoint; train first")
-        restore(worker, saved)
-        report = worker.evaluate(split, show=True) | {"step": saved.step}
-        if comm.rank == 0 and directory.mirror is None:  # who reads a run at a URL leaves nothing there
-            write_json(directory.metrics, report)
-        return report
-
-
-def find(directory: RunDirectory, resume: str, worker: Worker, best: bool = False) -> checkpoint.Saved | None:
-    """The checkpoint to load, verified, with this rank's part of it on this machine; collective. See `checkpoint.find`."""
-    if directory.mirror is None:
-        return checkpoint.agree(directory.checkpoints, resume, worker.comm, best)
-    return remote.agree(directory.mirror, resume, (worker.first, worker.last), worker.comm, best)
-
-
-def restore(worker: Worker, saved: checkpoint.Saved) -> None:
-    """Put a checkpoint into a worker of any number of ranks and any ZeRO stage; collective.
-
-    Raises:
-        CheckpointError: it was made with other settings, or its parts do not cover this rank's rows.
-    """
-    checkpoint.check_identity(saved, worker.identity)
+    checkpoint.check_compatible(saved, worker.identity)
     return_pages()
     checkpoint.load_rows(saved, worker.table)
-    worker.engine.load_state(checkpoint.load_dense(saved), worker.table.num_updates)
+    try:
+        worker.engine.load_state(checkpoint.load_dense(saved), worker.table.num_updates)
+    except CheckpointError as error:
+        raise CheckpointError(f"{saved.path}: {error}") from None
 
 
-class Training:
-    """The state of a run beside the worker's: where it stands, the best so far, when to stop."""
+class Loop:
+    """Position of a run: steps done, best metric so far, and when to stop.
 
-    def __init__(
-        self, config: Config, worker: Worker, directory: RunDirectory, stop: Stop, hooks: Hooks | None = None, held: Held | None = None
-    ) -> None:
-        self.config, self.worker, self.comm, self.directory, self.stop = config, worker, worker.comm, directory, stop
-        self.hooks, self.held = hooks or Hooks(), held
-        self.saver = self._make_saver()
+    Attributes:
+        step: number of steps done.
+        last_step: number of steps of the whole run.
+        saved_step: step of the newest checkpoint; 0 without any.
+    """
+
+    def __init__(self, worker: Worker, saver: Saver) -> None:
+        self.worker, self.comm, self.saver = worker, worker.comm, saver
+        self.config = worker.config
         self.steps_per_epoch = worker.maker.sampler.steps_per_epoch
-        self.last_step = config.train.epochs * self.steps_per_epoch
-        self.best_mrr, self.bad_evaluations, self.nonfinite = -math.inf, 0, 0
-        self.step = self._resume()
-        self.saved_step = self.step
-        self._fetch()
-        if self.comm.rank == 0:
-            directory.write_config(config)  # now that the checkpoint has accepted these settings
-        self.log = RunLog(directory.curve, directory.tensorboard, self.comm.rank == 0, self.step)
-        self.monitor = Monitor(worker, self.log, config, self.last_step, self.step)
-        self.profiler = StepProfiler(directory.path / "profile", config.run.profile, self.comm.rank, worker.timer)
+        self.last_step = self.config.train.epochs * self.steps_per_epoch
+        self.schedule = Schedule(self.config.train.schedule, self.config.train.warmup_steps, self.last_step)
+        self.best_mrr, self.bad_evaluations = -math.inf, 0
+        self.step = self.saved_step = self._checked_step = 0
+        self._skipped = 0
+        self.reporter = Reporter()
 
-    def _make_saver(self) -> Saver:
-        mirror, keep = self.directory.mirror, self.config.train.num_to_keep
-        if mirror is None:
-            return Saver(self.directory.checkpoints, keep, self.comm)
-        if self.held is None:
-            raise ConfigError(f"run.dir: {mirror.url}: a run at a URL is started by mocme_dist.train, which takes its lease")
-        return remote_saver.RemoteSaver(mirror, keep, self.comm, self.held, self._send_curve)
-
-    def _send_curve(self) -> None:
-        self.directory.send(self.held, self.directory.curve.name)
-
-    def _fetch(self) -> None:
-        """Rank 0 may run on another machine than before: it goes on with the curve that is at the URL."""
-        error: StorageError | None = None
-        try:
-            if self.comm.rank == 0:
-                self.directory.fetch()
-        except StorageError as cause:
-            error = cause
-        if self.directory.mirror is not None:
-            self.comm.raise_together(error)
-
-    def _resume(self) -> int:
-        saved = find(self.directory, self.config.run.resume, self.worker)
+    def resume(self, find: Callable[[str], Saved | None]) -> Saved | None:
+        """Continue from the checkpoint that `find` returns for run.resume; return it. Collective."""
+        saved = find(self.config.run.resume)
         if saved is None:
-            return 0
+            return None
         restore(self.worker, saved)
-        self.best_mrr = saved.manifest["best_mrr"] if saved.manifest["best_mrr"] is not None else -math.inf
-        self.bad_evaluations = saved.manifest["bad_evaluations"]
-        if self.comm.rank == 0:
-            log.info(
-                "resuming from step %d of %d (%s) with %d rank(s), saved by %s",
-                *(saved.step, self.last_step, saved.path.name, self.comm.world_size, saved.manifest.get("world_size")),
-            )
-        return saved.step
+        self.step = self.saved_step = saved.step
+        best_mrr = saved.manifest.get("best_mrr")
+        self.best_mrr = -math.inf if best_mrr is None else best_mrr
+        self.bad_evaluations = saved.manifest.get("bad_evaluations", 0)
+        # Absent in older checkpoints.
+        in_row, exploded = saved.manifest.get("nonfinite", 0), saved.manifest.get("exploded", 0)
+        first_loss = saved.manifest.get("first_loss") or 0.0
+        monitored = saved.manifest.get("monitor") or {}
+        self._skipped = monitored.get("total_skipped", 0)
+        self.worker.tally.restore(monitored.get("sums", []), self._skipped, in_row, first_loss, exploded)
+        return saved
 
-    def train(self) -> None:
-        """Step until the last epoch, the patience or a stop; collective."""
-        if self.comm.rank == 0:
-            log.info(self.monitor.opening(self.steps_per_epoch))
-            if faster := advice(self.config, self.comm.device):
-                log.info(faster)
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left."""
         patience = self.config.train.patience
-        with Prefetcher(self.worker.prepare, self.step, self.last_step) as batches, self.profiler.running():
+        return self.step >= self.last_step or bool(patience and self.bad_evaluations >= patience)
+
+    def train(self, reporter: Reporter, stop: Callable[[], bool]) -> None:
+        """Step until the last epoch, the end of patience, or a stop; collective.
+
+        Args:
+            stop: called once per step; True on any rank saves a checkpoint and raises Preempted on all.
+
+        Raises:
+            Preempted, DivergedError, StorageError: see `errors`.
+        """
+        self.reporter = reporter
+        prepared_steps = map(self.worker.prepare, range(self.step, self.last_step))
+        with Prefetcher(prepared_steps, what="the batch of a step") as batches, reporter.running():
             stream = iter(batches)
-            while self.step < self.last_step and not (patience and self.bad_evaluations >= patience):
-                self.hooks.beat(self.step)
+            while not self.is_over:
+                reporter.before_step(self.step)
                 with self.worker.timer.phase("wait"):
                     prepared = next(stream)
                 self._seed_dropout()
-                result = train_step(
-                    self.worker.engine,
-                    self.worker.table,
-                    self.worker.parts(prepared, self.step),
-                    self.comm,
-                    estimate=self.step % self.config.mine.every == 0,
-                    stop=self.stop(),
-                    timer=self.worker.timer,
-                )
+                self.worker.stop_asked = stop() or self.worker.stop_asked
+                result = self._take_step(prepared)
                 self.step += 1
-                self.monitor.record(self.step, result, sum(part.route.sent_vectors for part in prepared))
-                self._check_finite(result.skipped, prepared[0].batch.ids_U)
-                self.profiler.step(self.step)
-                self._after_step(result.stop)
+                reporter.after_step(self.step, result, sum(part.route.sent_vectors for part in prepared))
+                self._end_step(prepared)
+
+    def _take_step(self, prepared: list[Prepared]) -> StepResult:
+        worker, estimate = self.worker, self.step % self.config.mine.every == 0
+        factor = self.schedule.factor(self.step)
+        if worker.graph is not None:
+            return worker.graph_step(prepared, estimate, factor)
+        worker.scale_rates(factor)
+        return train_step(
+            worker.engine,
+            worker.table,
+            worker.parts(prepared, self.step),
+            self.comm,
+            worker.tally,
+            estimate=estimate,
+            timer=worker.timer,
+            merge=prepared[-1].merge,
+        )
 
     def _seed_dropout(self) -> None:
-        """Make what dropout draws a function of seed, step and rank, so that a resumed run draws the same."""
+        """Make dropout a function of seed, step and rank, so that a resumed run draws the same."""
         if self.config.projection.dropout or self.config.experts.dropout:
             torch.manual_seed(int(key64(self.config.train.seed, 3, self.step, self.comm.rank) >> np.uint64(1)))
 
-    def _check_finite(self, skipped: bool, ids_U: np.ndarray) -> None:
-        self.nonfinite = self.nonfinite + 1 if skipped else 0
-        if skipped and self.comm.rank == 0:
-            log.warning("step %d: the loss or a gradient is not finite; skipped on all ranks, nothing moved", self.step)
-        if self.nonfinite >= self.config.train.max_nonfinite:
-            raise DivergedError(
-                f"step {self.step}: {self.nonfinite} steps in a row were not finite (train.max_nonfinite); learning rate "
-                f"{self.config.train.learning_rate}, last entities {ids_U[:5].tolist()}...; lower train.learning_rate or set "
-                f"train.gradient_clipping; the last checkpoint is of step {self.saved_step}"
-            )
+    def _end_step(self, prepared: list[Prepared]) -> None:
+        """Evaluate and save at the ends of epochs that are due, and if the run is asked to stop.
 
-    def _after_step(self, stop: bool) -> None:
-        """Evaluate and save at the ends of epochs that are due, and where the run is asked to stop."""
+        The device is asked whether steps were finite once per log interval, and before it evaluates or saves.
+        """
         train, at_end = self.config.train, self.step == self.last_step
         epoch, within = divmod(self.step, self.steps_per_epoch)
-        metric = None
-        if within == 0 and (epoch % train.eval_every == 0 or at_end):
-            metric = self._evaluate(epoch)
-        improved = metric is not None and metric >= self.best_mrr
-        given_up = bool(train.patience) and self.bad_evaluations >= train.patience
+        evaluates = within == 0 and (epoch % train.eval_every == 0 or at_end)
         due = bool(train.checkpoint_steps) and self.step % train.checkpoint_steps == 0
-        if stop or improved or at_end or given_up or due or (within == 0 and epoch % train.checkpoint_every == 0):
+        due = due or at_end or (within == 0 and epoch % train.checkpoint_every == 0)
+        # Several ranks learn of a stop with a batch that was planned later. Where they wait for each other, they ask.
+        stop = self.worker.stop_asked if self.comm.world_size == 1 else prepared[0].route.stop
+        if evaluates or due:
+            stop = self.comm.any(stop or self.worker.stop_asked)
+        if evaluates or due or stop or self.step % train.log_every == 0:
+            self._check_finite(prepared[0].batch.ids_U)
+        if evaluates or due or stop:
+            self._evaluate_and_save(epoch if evaluates else None, due, stop)
+
+    def _check_finite(self, ids_U: np.ndarray) -> None:
+        """Report steps that were skipped since the last check; raise if too many in a row were, or if the loss
+        exploded."""
+        counts = self.worker.tally.read()
+        since, self._checked_step = counts.steps - self._checked_step, counts.steps
+        skipped, self._skipped = counts.skipped - self._skipped, counts.skipped
+        last = self.step - counts.steps + counts.last_skipped
+        if skipped and self.comm.rank == 0:
+            log.warning(
+                "step %d: the loss or a gradient is not finite; skipped on all ranks, nothing moved, "
+                "as in %d of the last %d steps",
+                *(last, skipped, since),
+            )
+        c = self.config
+        how = ""
+        if counts.most_in_row >= c.train.max_nonfinite:
+            how = f"step {last}: {counts.most_in_row} steps in a row were not finite"
+        elif counts.most_exploded >= c.train.max_nonfinite:
+            how = (
+                f"step {self.step}: {counts.most_exploded} steps in a row had a loss {EXPLODED:,.0f} times that of the "
+                f"first step ({counts.first_loss:.3g}) or more"
+            )
+        if how:
+            raise DivergedError(
+                f"{how} (train.max_nonfinite); learning rate {c.train.learning_rate}, that of the rows "
+                f"{c.entities.learning_rate}, last entities {ids_U[:5].tolist()}...; lower train.learning_rate and "
+                "entities.learning_rate, or set train.gradient_clipping; the last checkpoint is of step "
+                f"{self.saved_step}"
+            )
+
+    def _evaluate_and_save(self, epoch: int | None, due: bool, stop: bool) -> None:
+        """Evaluate unless `epoch` is None; save if that is due, the metric improved, or the run ends."""
+        metric = None if epoch is None else self._evaluate(epoch)
+        patience = self.config.train.patience
+        improved = metric is not None and metric >= self.best_mrr
+        given_up = bool(patience) and self.bad_evaluations >= patience
+        if stop or improved or given_up or due:
             self._save(metric)
-        if stop and not at_end:
-            self.saver.flush()
-            raise Preempted(f"stopped at step {self.step} of {self.last_step}; checkpoint saved; run the same command to go on")
+        if stop:
+            with self._stage("finishing the checkpoint"):
+                self.saver.flush()
+            raise Preempted(
+                f"stopped at step {self.step} of {self.last_step}; checkpoint saved; run the same command to continue"
+            )
 
     def _evaluate(self, epoch: int) -> float:
         start = time.perf_counter()
@@ -240,60 +245,30 @@ class Training:
         mrr = float(metrics["mrr"])
         self.bad_evaluations = 0 if mrr > self.best_mrr else self.bad_evaluations + 1
         self.best_mrr = max(self.best_mrr, mrr)
-        self.monitor.evaluated(self.step, epoch, metrics, time.perf_counter() - start)
+        self.reporter.evaluated(self.step, epoch, metrics, time.perf_counter() - start)
         return mrr
 
     def _save(self, metric: float | None) -> None:
+        counts = self.worker.tally.read()
         manifest = {
             "epoch": self.step / self.steps_per_epoch,
             "metric": metric,
             "best_mrr": self.best_mrr if math.isfinite(self.best_mrr) else None,
             "bad_evaluations": self.bad_evaluations,
+            "nonfinite": counts.in_row,
+            "first_loss": counts.first_loss,
+            "exploded": counts.exploded,
+            **self.reporter.manifest_fields(),
             "identity": self.worker.identity,
+            "schedule": self.schedule.to_json(),
             "config_sha256": hashlib.sha256(dump_config(self.config).encode()).hexdigest(),
             "world_size": self.comm.world_size,
         }
-        with self.worker.timer.phase("checkpoint"):
+        with self.worker.timer.phase("checkpoint"), self._stage("saving a checkpoint"):
             place = self.saver.save(self.step, self.worker.table, self.worker.engine.state(), manifest)
             if place is not None:
                 self.saved_step = self.step
-                self.hooks.saved(place, manifest)
-        if self.comm.rank == 0:
-            self.directory.status(
-                "running", step=self.step, last_step=self.last_step, last_checkpoint=checkpoint.step_name(self.saved_step), pid=os.getpid()
-            )
-            self.log.flush()
-            self.directory.try_to_send(self.held)
+            self.reporter.saved(place, manifest)
 
-    def finish(self) -> dict[str, Any]:
-        """Load the best checkpoint by valid MRR, rank test once, write the report; collective."""
-        self.saver.flush()
-        saved = find(self.directory, "auto", self.worker, best=True)
-        if saved is not None and saved.step != self.step:
-            restore(self.worker, saved)
-        step = self.step if saved is None else saved.step
-        valid = self.worker.evaluate("valid")
-        report = self.worker.evaluate("test", show=True)
-        report |= {
-            "valid_mrr": valid["mrr"],
-            "step": step,
-            "epoch": round(step / self.steps_per_epoch, 3),
-            "seconds": round(self.monitor.seconds(), 1),
-        }
-        if self.comm.rank == 0:
-            self._write_report(report)
-        self.monitor.finished(report)
-        self.log.close()
-        return report
-
-    def _write_report(self, report: dict[str, Any]) -> None:
-        write_json(self.directory.metrics, report)
-        log.info(
-            "best valid MRR %.4f at epoch %g; test MRR %.4f, Hits@1 %.4f, Hits@10 %.4f; %s in all",
-            report["valid_mrr"],
-            report["epoch"],
-            report["mrr"],
-            report["hits@1"],
-            report["hits@10"],
-            duration(report["seconds"]),
-        )
+    def _stage(self, name: str) -> Progress:
+        return Progress(name, active=self.comm.rank == 0)

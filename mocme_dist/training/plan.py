@@ -1,8 +1,8 @@
-"""What a run will need, before anything starts: bytes of a rank, bytes on the wire, steps; and the refusal of what cannot fit.
+"""Plan of a run before it starts: bytes per rank, bytes on the wire, steps; refuses runs that cannot fit.
 
 Sizes come from the packed data set, dense parameters are counted on a model without storage, and requests on the first
-batches themselves, which are a function of (seed, step). What stays for the whole run is exact; what a step, a ranking
-or a checkpoint needs for a while is counted by the tensors that they hold at their peak.
+batches, which are a function of (seed, step). Memory for the whole run is exact; temporary memory of a step, a ranking
+or a checkpoint is counted by the tensors at its peak.
 """
 
 from __future__ import annotations
@@ -15,31 +15,38 @@ import numpy as np
 import torch
 
 from mocme_dist.batching.batch import BatchMaker
-from mocme_dist.batching.loader import DEPTH
 from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.config import Config
 from mocme_dist.data.dataset import Dataset
-from mocme_dist.data.files import read_json
+from mocme_dist.data.features import features_manifest
 from mocme_dist.errors import ConfigError
 from mocme_dist.model.mocme import MoCME
-from mocme_dist.parallel.comm import SUM_BYTES
 from mocme_dist.parallel.optim import choose_optimizer, state_widths
 from mocme_dist.partition import RowPartition
-from mocme_dist.training.worker import block_rows, features_ahead, model_settings, resolve_modalities
+from mocme_dist.prefetch import DEPTH
+from mocme_dist.training.build import (
+    block_rows,
+    feature_modalities,
+    looks_up_ahead,
+    model_blocks,
+    model_settings,
+    resolve_modalities,
+)
+from mocme_dist.training.evidence_plan import evidence_bytes, evidence_time
 
-# Resident memory of a rank that holds nothing yet, measured on Linux with torch 2.13's CPU build: the interpreter with
-# torch, numpy and TensorBoard; what DeepSpeed, torch.compile (100 MiB with a warm cache, 280 without) and a Ray worker add.
-# A CUDA context adds more.
+# Resident memory of a rank without data, measured on Linux with torch 2.13's CPU build: the interpreter with
+# torch, numpy and TensorBoard; what DeepSpeed, torch.compile (100 MiB with a warm cache, 280 without) and a Ray worker
+# add. A CUDA context adds more.
 PROCESS_BYTES = 375 << 20
 DEEPSPEED_BYTES, COMPILER_BYTES, RAY_BYTES = 75 << 20, 190 << 20, 110 << 20
-# Where features are not extracted yet, their width is not known.
+# Width of features that are not extracted yet.
 ASSUMED_WIDTH = 1024
-# Batches whose requests are counted: a few tell, because requests hardly differ from step to step.
+# Number of batches whose requests are counted; a few are enough, because they hardly differ between steps.
 _COUNTED_STEPS = 3
 
 
 class Node(NamedTuple):
-    """A machine that can hold ranks: how many, and its memory in bytes."""
+    """A machine: the number of ranks it can run, and its memory in bytes."""
 
     name: str
     ranks: int
@@ -48,7 +55,7 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True)
 class Requests:
-    """Vectors that a step asks for, the most over ranks and the first steps.
+    """Vectors that a step needs, the maximum over ranks and the first steps.
 
     Attributes:
         wanted: U, of a rank. asked: V, unique rows that an owner encodes; both of a part, where a step comes in parts.
@@ -62,13 +69,14 @@ class Requests:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and steps of a run; all bytes are of the rank that needs most.
+    """Bytes and steps of a run; bytes are those of the rank that needs most.
 
     Attributes:
-        resident: what stays for the whole run, by part.
-        passing: what is there for a while, by phase; phases follow each other, so the largest counts.
+        resident: memory for the whole run, by kind.
+        passing: temporary memory, by phase; phases follow each other, so the largest counts.
         wire: bytes that a rank sends in a step, by kind.
-        notes: what had to be assumed.
+        notes: assumptions and warnings.
+        evidence_s: estimated seconds to find the evidence of valid and test; 0 without evidence.
     """
 
     world_size: int
@@ -81,37 +89,42 @@ class Plan:
     wire: dict[str, int]
     mapped: int
     notes: tuple[str, ...] = field(default=())
+    evidence_s: float = 0.0
 
     @property
     def peak(self) -> int:
-        """Largest resident memory of a rank."""
+        """Return the largest resident memory of a rank."""
         return sum(self.resident.values()) + max(self.passing.values())
 
     def summary(self) -> str:
-        """The peak and its largest parts in one line."""
+        """Return the peak and its largest parts in one line."""
         parts = sorted({**self.resident, **self.passing}.items(), key=lambda part: -part[1])
         largest = ", ".join(f"{name} {_size(size)}" for name, size in parts[:4])
         return f"{self.world_size} rank(s) need {_size(self.peak)} each ({largest})"
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Return all of it as plain values."""
         return {**asdict(self), "notes": list(self.notes), "peak": self.peak}
 
     def lines(self) -> Iterator[str]:
-        """A table for people."""
+        """Yield the lines of a table."""
         yield f"{self.world_size} rank(s) of {self.rows_per_rank:,} rows; {self.dense_parameters:,} dense parameters"
         r = self.requests
-        yield f"{self.steps_per_epoch:,} steps an epoch; in each a rank asks for {r.wanted:,} vectors, makes {r.asked:,}, sends {r.sent:,}"
+        needs = f"requests {r.wanted:,} vectors, encodes {r.asked:,}, sends {r.sent:,}"
+        yield f"{self.steps_per_epoch:,} steps per epoch; in each a rank {needs}"
         yield "memory of a rank:"
         for name, size in self.resident.items():
             yield f"  {name:<34}{_size(size):>12}"
         for name, size in self.passing.items():
             yield f"  {name:<34}{_size(size):>12}  for a while"
         yield f"  {'peak':<34}{_size(self.peak):>12}"
-        yield f"  {'graph, mapped from disk':<34}{_size(self.mapped):>12}  shared by the ranks of a machine; leaves when memory is short"
+        shared = "shared by the ranks of a machine; leaves when memory is short"
+        yield f"  {'graph, mapped from disk':<34}{_size(self.mapped):>12}  {shared}"
         yield "sent by a rank in a step:"
         for name, size in self.wire.items():
             yield f"  {name:<34}{_size(size):>12}"
+        if self.evidence_s:
+            yield f"evidence of neighbours: about {self.evidence_s:,.1f} s to find for valid and test"
         yield from (f"note: {note}" for note in self.notes)
 
 
@@ -120,70 +133,89 @@ def _size(size: int) -> str:
 
 
 def make_plan(config: Config, dataset: Dataset, world_size: int, under_ray: bool) -> Plan:
-    """The plan of a run.
+    """Return the plan of a run.
 
     Args:
-        config: its settings.
-        dataset: the packed data set; features that are not there yet are counted with an assumed width.
-        world_size: how many ranks.
-        under_ray: ranks are Ray workers.
+        dataset: the packed data set; missing features are counted with an assumed width.
+        world_size: number of ranks.
+        under_ray: whether ranks are Ray workers.
     """
-    D, partition = config.experts.width, RowPartition(dataset.num_entities, world_size)
+    partition = RowPartition(dataset.num_entities, world_size)
     first, last = partition.bounds(0)
     rows = last - first
     notes: list[str] = []
     features, widths = _features(config, dataset, rows, notes)
     with torch.device("meta"):
-        model = MoCME(widths, dataset.num_relations, model_settings(config))
+        model = MoCME(widths, dataset.num_relations, model_settings(config, len(widths)))
     dense = sum(p.numel() for p in model.parameters())
     sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
     requests = count_requests(config, dataset, sampler, partition)
     resident = {
         "process": PROCESS_BYTES + _process_extras(config, under_ray),
-        **_row_bytes(config, dataset.num_entities, rows, world_size),
+        **_row_bytes(config, dataset.num_entities, rows, world_size, model.blocks.width),
         **{f"features: {name}": size for name, size in features.items()},
         "dense: values and gradients": 8 * dense,
         "dense: moments": 8 * dense // (world_size if config.deepspeed.stage >= 1 else 1),
         "batches: places of the pool": 4 * dataset.num_entities,
         "batches: features made ahead": _ahead_bytes(config, widths, requests),
-        "exchange: shared memory": _shared_bytes(config, requests, dense, _ranked_at_once(dataset), world_size),
     }
     passing = {
         "a step": _step_bytes(config, model, requests, world_size),
-        "a ranking": _ranking_bytes(config, model, dataset, rows),
+        "a ranking": _ranking_bytes(config, model, dataset, rows) + evidence_bytes(config, dataset, world_size),
         "a checkpoint": 12 * dense,
     }
     notes += _idle_ranks(config, world_size)
+    evidence_s, left_out = evidence_time(config, dataset, world_size)
+    notes += left_out
     mapped = 24 * len(dataset.triples("train")) + sum(dataset.known(name).num_bytes for name in ("train", "all"))
-    in_engine = D * dataset.num_entities if config.entities.sharding == "zero" else 0
-    wire = wire_bytes(requests, D, dense + in_engine, world_size)
-    return Plan(world_size, rows, dense, sampler.steps_per_epoch, requests, resident, passing, wire, mapped, tuple(notes))
+    in_engine = model.blocks.width * dataset.num_entities if config.entities.sharding == "zero" else 0
+    wire = wire_bytes(requests, model.blocks.total, dense + in_engine, world_size)
+    return Plan(
+        world_size,
+        rows,
+        dense,
+        sampler.steps_per_epoch,
+        requests,
+        resident,
+        passing,
+        wire,
+        mapped,
+        tuple(notes),
+        evidence_s,
+    )
 
 
 def _idle_ranks(config: Config, world_size: int) -> list[str]:
-    """A note where a batch has too few chunks for every rank to get one."""
+    """Return a note if a batch has too few chunks for every rank to get one."""
     parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
     chunks, needed = config.train.batch_size // chunk, world_size * parts
     if chunks >= needed:
         return []
     cut = f" in {parts} parts each" if parts > 1 else ""
     return [
-        f"a batch has {chunks} chunk(s) of {chunk} queries for {world_size} ranks{cut}: some have none to score; set train.batch_size "
+        f"a batch has {chunks} chunk(s) of {chunk} queries for {world_size} ranks{cut}: some have none to score; "
+        "set train.batch_size "
         f"to {needed * chunk:,} or a smaller negatives.chunk_size"
     ]
 
 
-def _row_bytes(config: Config, num_entities: int, rows: int, world_size: int) -> dict[str, int]:
-    """The table, its optimizer's state, and what the engine needs besides where it holds the table."""
-    D = config.experts.width
+def _row_bytes(config: Config, num_entities: int, rows: int, world_size: int, D: int) -> dict[str, int]:
+    """Return bytes of the table, its optimizer, and the engine's copies if it holds the table; D is the width of a
+    row."""
     if config.entities.sharding == "zero":
         parts = world_size if config.deepspeed.stage >= 1 else 1
         whole = 4 * num_entities * D
-        # Flat copies, masters, buckets and temporaries of DeepSpeed's step: counted as measured, thirteen tables in all.
+        # Flat copies, masters, buckets and temporaries of DeepSpeed's step: counted as measured, thirteen tables in
+        # all.
         copies = 9 * whole if config.deepspeed.engine != "torch" else 2 * whole
-        return {"rows": whole, "rows: gradients": whole, "rows: engine's copies": copies, "rows: optimizer": 2 * whole // parts}
+        return {
+            "rows": whole,
+            "rows: gradients": whole,
+            "rows: engine's copies": copies,
+            "rows: optimizer": 2 * whole // parts,
+        }
     optimizer = choose_optimizer(config.entities.optimizer, num_entities)
-    # Pages of the state come as rows are first touched: a short run stays below this.
+    # Pages of the state are allocated as rows are first touched: a short run needs less.
     state = 4 * rows * sum(state_widths(optimizer, D).values())
     return {"rows": {"float32": 4, "bfloat16": 2}[config.entities.dtype] * rows * D, "rows: optimizer": state}
 
@@ -194,37 +226,47 @@ def _process_extras(config: Config, under_ray: bool) -> int:
 
 
 def _features(config: Config, dataset: Dataset, rows: int, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes that a rank holds of each modality's features, and their widths."""
+    """Return the bytes per rank of each modality's features, and the widths of the fused ones."""
     sizes, widths = {}, {}
-    for name in resolve_modalities(config, dataset):
-        if name == "structure":
-            widths[name] = config.experts.width
-            continue
+    modalities = resolve_modalities(config.modalities, dataset)
+    if "structure" in modalities:
+        widths["structure"] = model_blocks(config.fusion, config.experts, modalities).width
+    for name in feature_modalities(config.modalities, config.evidence.spaces, dataset):
         dataset.bring_features(name, 0, 0)
-        path = dataset.directory / "features" / name / "manifest.json"
-        if path.is_file():
-            manifest = read_json(path)
-            width, share = int(manifest["width"]), manifest["present"] / max(dataset.num_entities, 1)
-            number_bytes = 2 if manifest["dtype"] == "float16" else 4
+        features = features_manifest(dataset.directory, name)
+        if features is not None:
+            width, share = features.width, features.present / max(dataset.num_entities, 1)
+            number_bytes = 2 if features.dtype == "float16" else 4
         else:
-            width, share, number_bytes = ASSUMED_WIDTH, dataset.modalities[name]["entities"] / max(dataset.num_entities, 1), 4
-            notes.append(f"features of {name} are not extracted yet: counted with {width} numbers an entity")
+            width, share, number_bytes = (
+                ASSUMED_WIDTH,
+                dataset.modalities[name]["entities"] / max(dataset.num_entities, 1),
+                4,
+            )
+            notes.append(f"features of {name} are not extracted yet: counted with {width} numbers per entity")
         values = 0 if config.features.residency == "mmap" else int(rows * share) * width * number_bytes
-        # Who is present, and where each row's values are.
-        sizes[name], widths[name] = values + 9 * rows, width
+        # Presence, and the position of each row's values.
+        sizes[name] = values + 9 * rows
+        if name in modalities:
+            widths[name] = width
     return sizes, widths
 
 
-def count_requests(config: Config, dataset: Dataset, sampler: QuerySampler, partition: RowPartition, first_step: int = 0) -> Requests:
-    """What ranks ask of each other, counted on the batches of a few steps."""
+def count_requests(
+    config: Config, dataset: Dataset, sampler: QuerySampler, partition: RowPartition, first_step: int = 0
+) -> Requests:
+    """Return the requests between ranks, counted on the batches of a few steps."""
     negatives = 0 if config.train.loss == "one_vs_all" else config.negatives.count
     W, wanted, asked, sent = partition.num_parts, 0, 0, 0
-    if negatives == 0:  # every rank asks for everything
+    if negatives == 0:  # every rank needs every vector
         rows = partition.bounds(0)[1]
         return Requests(partition.num_rows, rows, (W - 1) * rows)
     known, triples_T3 = dataset.known("train"), dataset.triples("train")
     num_parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
-    makers = [BatchMaker(triples_T3, known, partition.num_rows, sampler, chunk, negatives, rank, W, num_parts) for rank in range(W)]
+    makers = [
+        BatchMaker(triples_T3, known, partition.num_rows, sampler, chunk, negatives, rank, W, num_parts)
+        for rank in range(W)
+    ]
     for step in range(first_step, min(first_step + _COUNTED_STEPS, first_step + sampler.steps_per_epoch)):
         sent_W = np.zeros(W, dtype=np.int64)
         for part in range(num_parts):
@@ -241,46 +283,32 @@ def count_requests(config: Config, dataset: Dataset, sampler: QuerySampler, part
 
 
 def exchange_bytes(sent: int, width: int) -> int:
-    """Bytes of `sent` fused vectors: float32 whatever the engine's type."""
+    """Return the bytes of `sent` fused vectors, which are float32 for any type of the engine."""
     return 4 * sent * width
 
 
 def _ahead_bytes(config: Config, widths: dict[str, int], requests: Requests) -> int:
-    """Features of the batches that wait, and of the one being made; that of the step itself counts with the step.
-
-    They wait through rankings and checkpoints, too.
-    """
-    if not features_ahead(config, config.launch.gpus_per_worker > 0):
+    """Return the bytes of features in prefetched batches, which exist during rankings and checkpoints, too."""
+    if not looks_up_ahead(config.features, config.deepspeed, config.launch.gpus > 0):
         return 0
     return (DEPTH + 1) * requests.asked * 4 * sum(width for name, width in widths.items() if name != "structure")
 
 
-def _shared_bytes(config: Config, requests: Requests, dense: int, ranked: int, world_size: int) -> int:
-    """Slots through which ranks on the CPUs of one machine exchange: two of one's own, and what one reads in those of others.
-
-    They stay. Gradients that come back are as many as the vectors were that went out; a ranking adds up its queries' vectors.
-    """
-    if world_size == 1 or config.launch.gpus_per_worker > 0:
-        return 0
-    vectors = 2 * exchange_bytes(requests.sent // config.deepspeed.gradient_accumulation_steps, config.experts.width)
-    sums = (4 * dense if config.deepspeed.engine == "torch" else 0, 4 * 2 * ranked * config.experts.width)
-    return 2 * max([vectors, *(world_size * size for size in sums if size * (world_size - 1) <= SUM_BYTES)])
-
-
 def wire_bytes(requests: Requests, width: int, dense: int, world_size: int) -> dict[str, int]:
-    """What a rank sends in one step."""
+    """Return the bytes that a rank sends in one step, by kind."""
     if world_size == 1:
         return {"fused vectors": 0, "their gradients": 0, "ids, a step ahead": 0, "dense gradients": 0}
     vectors = exchange_bytes(requests.sent, width)
-    # What was sent comes back as gradients; who asks sends 8 bytes an id. A ring sends each gradient about twice.
+    # Gradients of sent vectors return; a request is 8 bytes per id. A ring sends each dense gradient about twice.
     ids, ring = 8 * requests.sent, 2 * 4 * dense * (world_size - 1) // world_size
     return {"fused vectors": vectors, "their gradients": vectors, "ids, a step ahead": ids, "dense gradients": ring}
 
 
 def _numbers_per_entity(model: MoCME, training: bool) -> int:
-    """Numbers that encoding one entity holds at its peak, the backward pass included when training."""
-    M, K, D = len(model.modalities), model.settings.num_experts, model.settings.width
-    S, hidden = M * K, model.settings.projection_hidden or D
+    """Return the count of numbers in memory at the peak of encoding one entity, backward pass included when
+    training."""
+    M, K, D = len(model.modalities), model.settings.num_experts, model.blocks.width
+    S, hidden = M * K, model.settings.projection_hidden or model.settings.width
     mlp = [name for name in model.modalities if name != "structure" or model.settings.structure == "mlp"]
     raw = sum(buffer.numel() for name, buffer in model.projections.named_buffers() if name.endswith("mean_F"))
     if not training:
@@ -288,62 +316,64 @@ def _numbers_per_entity(model: MoCME, training: bool) -> int:
     estimated = model.settings.fusion.estimator == "mine"
     pairs = (M * K * (K - 1) + M * (M - 1)) // 2 if estimated else 0
     views = S + M if pairs else 0
-    mine = views * (2 * D + 4 * model.settings.fusion.hidden) + 12 * pairs * model.settings.fusion.hidden
+    # With `bounded`, the half of the rows that gives the estimates has no backward pass.
+    kept = 6 if model.settings.fusion.bounded else 12
+    mine = views * (2 * D + 4 * model.settings.fusion.hidden) + kept * pairs * model.settings.fusion.hidden
     return 3 * raw + 3 * len(mlp) * hidden + 6 * M * D + 6 * S * D + mine + 4 * D
 
 
 def _step_bytes(config: Config, model: MoCME, requests: Requests, world_size: int) -> int:
-    """Activations, exchanged vectors, the loss and the update of one step."""
-    D, n = config.experts.width, config.negatives
+    """Return the bytes of activations, exchanged vectors, loss and update in one step."""
+    D, n, blocks = model.blocks.total, config.negatives, model.blocks.num
     one_vs_all = config.train.loss == "one_vs_all"
-    chunks = -(-(config.train.batch_size // n.chunk_size) // (world_size * config.deepspeed.gradient_accumulation_steps))
+    chunks = -(
+        -(config.train.batch_size // n.chunk_size) // (world_size * config.deepspeed.gradient_accumulation_steps)
+    )
     queries, candidates = chunks * n.chunk_size, requests.wanted if one_vs_all else n.count
     pools = candidates if one_vs_all else chunks * n.count
     vectors = requests.asked * D * 5 + (requests.wanted + requests.sent) * D * 2
-    loss = queries * D * 8 + pools * D * 3 + queries * candidates * 7
-    if config.compile == "off":  # the plain form keeps the differences to all candidates, and their squares
+    loss = queries * D * 8 + pools * D * 3 + queries * candidates * 7 * blocks
+    if config.compile == "off":  # the plain form stores the differences to all candidates and their squares
         loss += queries * candidates * D * 15 // 2
     return 4 * (requests.asked * _numbers_per_entity(model, True) + vectors + loss)
 
 
 def _ranking_bytes(config: Config, model: MoCME, dataset: Dataset, rows: int) -> int:
-    """Fused vectors, held or a piece of them; queries with their answers; a block being encoded; a tile being scored."""
-    D, evaluation = config.experts.width, config.evaluation
+    """Return the bytes of fused vectors or a piece of them, of queries, of an encoded block, and of a scored tile."""
+    D, evaluation = model.blocks.total, config.evaluation
     held = min(4 * rows * D, evaluation.vectors_mb << 20)
-    queries = _ranked_at_once(dataset)
-    block = block_rows(config, dataset.num_entities) * _numbers_per_entity(model, False)
-    # Plain forms keep (16, tile, D); the kernels keep no distance.
-    tile = 3 * evaluation.query_block * evaluation.tile_rows + (3 * 16 * evaluation.tile_rows * D if config.compile == "off" else 0)
+    queries = min(2 * max(len(dataset.triples(split)) for split in ("valid", "test")), 1 << 16)  # of one pass
+    block = block_rows(config.evaluation, dataset.num_entities) * _numbers_per_entity(model, False)
+    # The plain form stores (16, tile, D); the kernels store no distances.
+    tile = 3 * evaluation.query_block * evaluation.tile_rows + (
+        3 * 16 * evaluation.tile_rows * D if config.compile == "off" else 0
+    )
     return held + 4 * (4 * queries * D + block + tile)
 
 
-def _ranked_at_once(dataset: Dataset) -> int:
-    """Queries of a ranking's pass."""
-    return min(2 * max(len(dataset.triples(split)) for split in ("valid", "test")), 1 << 16)
-
-
 def check_plan(plan: Plan, config: Config, nodes: Sequence[Node]) -> None:
-    """Refuse a run that the machines cannot hold.
-
-    Args:
-        nodes: where ranks can be.
+    """Refuse a run that does not fit on the machines.
 
     Raises:
-        ConfigError: with the numbers, and what to change.
+        ConfigError: it does not fit; with the numbers, and what to change.
     """
-    # On a GPU the step and the ranking are there; rows and their state pass through the host when they are saved. What a
-    # device holds cannot be asked from here: torch says so when it is full.
-    on_device = config.launch.gpus_per_worker > 0
-    needed = sum(size for part, size in plan.resident.items() if not part.startswith("dense")) if on_device else plan.peak
+    # With GPUs, step and ranking use their memory, which is unknown here; torch raises an error if it is full. Rows and
+    # their state pass through the host when they are saved.
+    on_device = config.launch.gpus > 0
+    needed = (
+        sum(size for part, size in plan.resident.items() if not part.startswith("dense")) if on_device else plan.peak
+    )
     room = sum(min(node.ranks, node.memory // needed) for node in nodes)
     if room >= plan.world_size:
         return
-    shown = ", ".join(f"{node.name}: {_size(node.memory)} for {node.ranks}" for node in nodes[:4]) + (", ..." if len(nodes) > 4 else "")
+    shown = ", ".join(f"{node.name}: {_size(node.memory)} for {node.ranks}" for node in nodes[:4]) + (
+        ", ..." if len(nodes) > 4 else ""
+    )
     raise ConfigError(f"plan: {plan.summary()}, but only {room} fit ({shown}); {'; '.join(_remedies(plan, config))}")
 
 
 def _remedies(plan: Plan, config: Config) -> list[str]:
-    """What to change, what saves most first."""
+    """Return what to change, the largest saving first."""
     saved: dict[str, int] = {"more workers or nodes (launch.workers)": plan.resident["rows"]}
     if plan.resident["rows: optimizer"] > plan.resident["rows"]:
         saved["entities.optimizer=adagrad"] = plan.resident["rows: optimizer"]
@@ -352,5 +382,7 @@ def _remedies(plan: Plan, config: Config) -> list[str]:
         saved["features.residency=mmap"] = features
     saved["a smaller experts.width"] = plan.resident["rows"] // 2
     transient = max(plan.passing, key=plan.passing.__getitem__)
-    saved["a smaller train.batch_size" if transient == "a step" else "a smaller evaluation.vectors_mb"] = plan.passing[transient] // 2
+    saved["a smaller train.batch_size" if transient == "a step" else "a smaller evaluation.vectors_mb"] = (
+        plan.passing[transient] // 2
+    )
     return [f"{name} saves up to {_size(size)}" for name, size in sorted(saved.items(), key=lambda item: -item[1])[:3]]

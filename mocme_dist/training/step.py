@@ -1,12 +1,11 @@
 """One training step: encode at the owner, exchange fused vectors, score, weigh; gradients back the same way.
 
-The engine wraps `StepModule`, which holds the dense parameters only. The rows enter as a leaf tensor and leave with
-a gradient; the table applies it. A step may come in parts, whose gradients add up (deepspeed.gradient_accumulation_steps).
+The engine wraps `StepModule`, which has the dense parameters only. The rows enter as a leaf tensor, and the table
+applies their gradient. A step may consist of parts whose gradients are summed (deepspeed.gradient_accumulation_steps).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,49 +15,56 @@ from torch import Tensor, nn
 from mocme_dist.batching.batch import Batch
 from mocme_dist.model.fusion import Fused
 from mocme_dist.model.loss import LossSettings, LossStats, completion_loss
+from mocme_dist.model.mine import Halves
 from mocme_dist.model.mocme import MoCME
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.parallel.exchange import Route, exchange
-from mocme_dist.parallel.table import EntityTable, coalesce
+from mocme_dist.parallel.table import EntityTable, Merge, coalesce
+from mocme_dist.training.engine import Engine, buffers_of
 from mocme_dist.training.engine_rows import EngineRows
-from mocme_dist.training.plain_engine import Engine, buffers_of
-from mocme_dist.training.profiler import PhaseTimer
+from mocme_dist.training.tally import STAT_NAMES, Tally
+from mocme_dist.training.timer import PhaseTimer
 
 
 class EntityInput(NamedTuple):
-    """What the owner needs to encode V of its entities: raw (V, F) by modality, present (M, V), held_out (V,)."""
+    """Inputs of the encoder for V entities of the owner: raw (V, F) by modality, present (M, V), and which of them
+    train the statistics networks; None if nothing is estimated."""
 
     raw: dict[str, Tensor]
     present_MV: Tensor
-    held_out_V: Tensor
+    halves: Halves | None = None
 
 
 def take(z_UD: Tensor, index: Tensor) -> Tensor:
-    """Rows at an index of any shape. Indexing by brackets does the same; its backward is four times slower on a CPU."""
+    """Return rows at an index of any shape; on a CPU, four times as fast in backward as indexing by brackets."""
     return z_UD.index_select(0, index.flatten()).view(*index.shape, -1)
 
 
 class StepModule(nn.Module):
-    """The dense part of the model, and the whole forward pass of a rank."""
+    """Dense part of the model, and the whole forward pass of a rank."""
 
-    def __init__(self, model: MoCME, loss: LossSettings, comm: Comm, timer: PhaseTimer, rows: nn.Embedding | None = None) -> None:
+    def __init__(
+        self, model: MoCME, loss: LossSettings, comm: Comm, timer: PhaseTimer, rows: nn.Embedding | None = None
+    ) -> None:
         super().__init__()
         self.model, self.loss, self.comm, self.timer = model, loss, comm, timer
-        self.rows = rows  # the table, where the engine holds it: structure then comes as ids
+        self.rows = rows  # the table, if the engine holds it: structure is then given as ids
 
-    def forward(self, entities: EntityInput, route: Route, batch: Batch, estimate: bool) -> tuple[Tensor, LossStats, Fused]:
-        """The loss to differentiate on this rank, sums for the log, and what fusion did.
+    def forward(
+        self, entities: EntityInput, route: Route, batch: Batch, estimate: bool
+    ) -> tuple[Tensor, LossStats, Fused]:
+        """Return the loss to differentiate on this rank, sums for the log, and the result of fusion.
 
         The engine averages gradients over ranks, so each rank's share is multiplied by the number of ranks: the
-        average is then the gradient of the mean over the global batch. The networks' own loss is a share too.
+        average is then the gradient of the mean over the global batch. This holds for the networks' own loss, too.
         """
         raw = entities.raw
         with self.timer.phase("encode"):
             if self.rows is not None and "structure" in raw:
                 raw = {**raw, "structure": self.rows(raw["structure"])}
-            fused = self.model.encode(raw, entities.present_MV, entities.held_out_V, self.comm.sum, estimate)
+            fused = self.model.encode(raw, entities.present_MV, entities.halves, self.comm.sum, estimate)
         with self.timer.phase("exchange"):
-            z_UD = exchange(fused.z_VD, route, self.comm.swap)
+            z_UD = exchange(fused.z_VD, route)
         with self.timer.phase("loss"):
             loss, stats = completion_loss(
                 take(z_UD, batch.source_Gb),
@@ -74,27 +80,37 @@ class StepModule(nn.Module):
 
 
 class StepResult(NamedTuple):
-    """One step: sums over ranks as `pack_stats` lays them out, fusion's weights here, and what became of it."""
+    """Result of a step, on the device: sums over ranks in the order of STAT_NAMES, the result of fusion on this rank,
+    whether the step was applied (bool), and the norm of the rows' gradient over all ranks."""
 
     sums: Tensor
     fused: Fused
-    skipped: bool
-    stop: bool
-    row_gradient_norm: float
+    applied: Tensor
+    row_gradient_norm: Tensor
+
+    @property
+    def skipped(self) -> bool:
+        """Return whether the step moved nothing; the host waits for the device."""
+        return not self.applied
 
 
-STAT_NAMES = ("loss", "positive", "negative", "allowed", "positive_score", "queries", "mine_loss", "stop", "easy", "ambiguous", "hard")
-
-
-def pack_stats(stats: LossStats, mine_loss: Tensor, stop: bool) -> Tensor:
-    """The step's sums as one vector (see STAT_NAMES): one small reduction serves the log, the finite check and the stop flag."""
-    scalars = [stats.loss, stats.positive, stats.negative, stats.allowed, stats.positive_score, stats.queries, mine_loss.detach()]
-    flag = torch.tensor(float(stop), device=stats.loss.device)
-    return torch.cat([torch.stack([*(value.double() for value in scalars), flag.double()]), stats.classes_3.double()])
+def pack_stats(stats: LossStats, mine_loss: Tensor) -> Tensor:
+    """Return the sums as one vector (see STAT_NAMES): one reduction serves the log and the finite check."""
+    scalars = [
+        stats.loss,
+        stats.positive,
+        stats.negative,
+        stats.allowed,
+        stats.positive_score,
+        stats.queries,
+        mine_loss.detach(),
+    ]
+    return torch.cat([torch.stack([value.double() for value in scalars]), stats.classes_3.double()])
 
 
 class Part(NamedTuple):
-    """A share of a step that is encoded and scored at once; its rows are a leaf, or ids where the engine holds the table."""
+    """A part of a step that is encoded and scored at once; its rows are a leaf, or ids if the engine holds the
+    table."""
 
     rows_VD: Tensor
     entities: EntityInput
@@ -104,55 +120,56 @@ class Part(NamedTuple):
 
 
 def _row_gradient(part: Part, world_size: int) -> tuple[Tensor, Tensor]:
-    """Local rows and their gradient of the global mean loss; none where the engine holds the table."""
+    """Return local rows and their gradient of the global mean loss; empty if the engine holds the table."""
     if not part.rows_VD.requires_grad:
         return part.route.rows_V[:0], torch.zeros(0, 1, device=part.rows_VD.device)
-    # Rows got the sum over ranks of gradients that were multiplied by the world size; see StepModule.
+    # This is the sum over ranks of gradients that were multiplied by the world size; see StepModule.
     grad_VD = part.rows_VD.grad if part.rows_VD.grad is not None else torch.zeros_like(part.rows_VD)
     return part.route.rows_V, grad_VD / world_size
 
 
 def train_step(
-    engine: Engine, table: EntityTable | EngineRows, parts: Iterable[Part], comm: Comm, *, estimate: bool, stop: bool, timer: PhaseTimer
+    engine: Engine,
+    table: EntityTable | EngineRows,
+    parts: Iterable[Part],
+    comm: Comm,
+    tally: Tally,
+    *,
+    estimate: bool,
+    timer: PhaseTimer,
+    merge: Merge | None = None,
 ) -> StepResult:
-    """Forward, agree that all is finite, backward, update. Nothing moves on any rank when anything is not finite.
+    """Forward, backward, agree that everything is finite, update. If a rank has a value that is not, no rank moves.
+
+    The host does not wait for the device, except inside ZeRO's optimizers: whether the step is applied is a tensor, and
+    updates are masked by it.
 
     Args:
-        parts: of the step, in order; taken one at a time, so that only one is in memory. The last one estimates
-            mutual information, so that all parts are fused with the same weights.
-        estimate: whether this step does.
-        stop: whether this rank was asked to end the run.
+        parts: of the step, in order; taken one at a time, so that only one is in memory. Only the last one estimates
+            mutual information, so all parts are fused with the same weights.
+        tally: counts the step.
+        estimate: whether this step estimates mutual information.
+        merge: of the rows of several parts; made from them if it is not given.
     """
-    # Moving averages follow the forward pass: one bad step would stay in them for ever.
-    averages = {name: value.clone() for name, value in buffers_of(engine.module).items()}
-
-    def skipped(norm: float) -> StepResult:
-        with torch.no_grad():
-            for name, value in buffers_of(engine.module).items():
-                value.copy_(averages[name])
-        return StepResult(sums, fused, True, stopping, norm)
-
+    # The forward pass updates moving averages: the values of one bad step would remain in them.
+    averages = [(value, value.clone()) for value in buffers_of(engine.module).values()]
     sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64, device=comm.device)
     touched: list[tuple[Tensor, Tensor]] = []
     for part in parts:
         loss, stats, fused = engine(part.entities, part.route, part.batch, estimate and part.last)
         with timer.phase("agree"):
-            sums += comm.sum(pack_stats(stats, fused.loss, stop))
-            finite = bool(torch.isfinite(sums).all())
-            stopping = bool(sums[STAT_NAMES.index("stop")] > 0)
-        if finite or touched:
-            with timer.phase("backward"):
-                engine.backward(loss, part.last or not finite)
-        if not finite:
-            if touched:
-                engine.skip()
-            return skipped(math.nan)
+            sums += comm.sum(pack_stats(stats, fused.loss))
+        with timer.phase("backward"):
+            engine.backward(loss, part.last)
         touched.append(_row_gradient(part, comm.world_size))
     with timer.phase("update"):
-        rows_V, grad_VD = coalesce(touched)
-        norm = math.sqrt(float(comm.sum(torch.linalg.vector_norm(grad_VD, dtype=torch.float64).square())))
-        factor = engine.step(norm)
-        if not factor:
-            return skipped(norm)
-        table.update(rows_V, grad_VD if factor == 1 else grad_VD * factor)
-    return StepResult(sums, fused, False, stopping, norm)
+        rows_V, grad_VD = coalesce(touched, merge)
+        norm = comm.sum(torch.linalg.vector_norm(grad_VD, dtype=torch.float64).square()).sqrt()
+        factor = engine.step(norm, torch.isfinite(sums).all())
+        table.update(rows_V, grad_VD, factor)
+        applied = factor > 0
+        with torch.no_grad():
+            for value, before in averages:
+                value.copy_(torch.where(applied, value, before))
+        tally.add(sums, applied)
+    return StepResult(sums, fused, applied, norm)

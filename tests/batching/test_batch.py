@@ -33,7 +33,12 @@ def rows(batch: Batch) -> list[tuple]:
     found = []
     for g, b in zip(*np.nonzero(batch.weight_Gb.numpy()), strict=True):
         pool = tuple(ids[batch.pool_GN[g]])
-        query = (ids[batch.source_Gb[g, b]], batch.relation_Gb[g, b].item(), batch.sign_Gb[g, b].item(), ids[batch.target_Gb[g, b]])
+        query = (
+            ids[batch.source_Gb[g, b]],
+            batch.relation_Gb[g, b].item(),
+            batch.sign_Gb[g, b].item(),
+            ids[batch.target_Gb[g, b]],
+        )
         found.append((*(int(value) for value in query), pool, tuple(batch.allowed_GbN[g, b].tolist())))
     return found
 
@@ -64,7 +69,9 @@ def test_pools_hold_duplicates_and_targets():
     every = [row for step in range(7) for row in rows(maker(0, 1).make(step))]
     assert any(len(set(pool)) < len(pool) for *_, pool, _ in every)
     assert any(target in pool for _, _, _, target, pool, _ in every)
-    assert all(not ok for *_, target, pool, allowed in every for x, ok in zip(pool, allowed, strict=True) if x == target)
+    assert all(
+        not ok for *_, target, pool, allowed in every for x, ok in zip(pool, allowed, strict=True) if x == target
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -73,7 +80,9 @@ def test_shapes_are_those_of_every_step_and_filling_weighs_nothing(world, step):
     for rank in range(world):
         share = maker(rank, world).make(step)
         G = -(-5 // world)  # 20 queries are 5 chunks of 4
-        assert share.source_Gb.shape == share.target_Gb.shape == share.relation_Gb.shape == share.weight_Gb.shape == (G, 4)
+        assert (
+            share.source_Gb.shape == share.target_Gb.shape == share.relation_Gb.shape == share.weight_Gb.shape == (G, 4)
+        )
         assert share.pool_GN.shape == (G, 16)
         assert share.allowed_GbN.shape == (G, 4, 16)
         assert share.sign_Gb.dtype == share.weight_Gb.dtype == torch.float32
@@ -86,9 +95,13 @@ def test_shapes_are_those_of_every_step_and_filling_weighs_nothing(world, step):
 @pytest.mark.parametrize("step", [0, 6])
 def test_filling_asks_for_no_entity_that_the_batch_does_not_hold(step):
     """Rows that are asked for are moved by their optimizer's momentum: filling must not widen their set."""
-    asked = [set(np.concatenate([maker(rank, world).make(step).ids_U for rank in range(world)])) for world in (1, 2, 3, 8)]
+    asked = [
+        set(np.concatenate([maker(rank, world).make(step).ids_U for rank in range(world)])) for world in (1, 2, 3, 8)
+    ]
     assert asked[0] == asked[1] == asked[2] == asked[3]
-    needed = {entity for source, _, _, target, pool, _ in rows(maker(0, 1).make(step)) for entity in (source, target, *pool)}
+    needed = {
+        entity for source, _, _, target, pool, _ in rows(maker(0, 1).make(step)) for entity in (source, target, *pool)
+    }
     assert asked[0] == needed
 
 
@@ -131,7 +144,9 @@ def test_a_hub_that_half_of_the_queries_ask_for_does_not_fill_the_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     asked = (batch.sign_Gb == -1).sum().item()
-    assert asked > 400 and not batch.allowed_GbN[batch.sign_Gb == -1].any(-1).any()  # all but the hub itself answer, and it was not drawn
+    assert (
+        asked > 400 and not batch.allowed_GbN[batch.sign_Gb == -1].any(-1).any()
+    )  # all but the hub itself answer, and it was not drawn
     assert peak < 8 * len(heads) * 10  # not all answers of all queries, which are 400 times as many numbers
 
 

@@ -58,7 +58,9 @@ def test_an_epoch_visits_each_query_once_and_epochs_differ(num_triples, batch_si
         assert np.array_equal(np.sort(epochs[-1]), np.arange(2 * num_triples))
     if num_triples > 10:
         assert not np.array_equal(epochs[0], epochs[1])
-        assert not np.array_equal(epochs[0], np.concatenate([QuerySampler(num_triples, 2 * num_triples, seed=8).queries(0)]))
+        assert not np.array_equal(
+            epochs[0], np.concatenate([QuerySampler(num_triples, 2 * num_triples, seed=8).queries(0)])
+        )
 
 
 def test_negative_pools_are_uniform_and_differ_by_seed_step_and_chunk():

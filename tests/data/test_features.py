@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mocme_dist.data.features import FeatureStore, part_is_complete, part_path, write_part
+from mocme_dist.data.feature_parts import part_is_complete, part_path, write_part
+from mocme_dist.data.features import FeatureStore
 from mocme_dist.data.files import write_json
 from mocme_dist.errors import DataError, ShapeError
 
@@ -39,7 +40,14 @@ def stored(tmp_path, request):
     for shard in shards:
         rows = slice(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, NUM_ROWS))
         write_part(folder, shard, dense[rows][present[rows]], present[rows], stats(shard))
-    manifest = {"format": 1, "modality": "text", "width": WIDTH, "encoder_hash": "encoder", "num_rows": NUM_ROWS, "shard_rows": SHARD_ROWS}
+    manifest = {
+        "format": 1,
+        "modality": "text",
+        "width": WIDTH,
+        "encoder_hash": "encoder",
+        "num_rows": NUM_ROWS,
+        "shard_rows": SHARD_ROWS,
+    }
     write_json(folder / "manifest.json", manifest)
     return tmp_path, torch.from_numpy(dense).float(), torch.from_numpy(present)
 
@@ -75,7 +83,9 @@ def test_gathering_mapped_rows_in_another_thread_starts_no_second_team_of_thread
     try:
         with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
             assert second.submit(threads, lambda: store.gather(rows)).result() == 0
-            assert first.submit(threads, lambda: torch.ones(1 << 18).exp()).result() == 1  # what a team would have shown
+            assert (
+                first.submit(threads, lambda: torch.ones(1 << 18).exp()).result() == 1
+            )  # what a team would have shown
     finally:
         torch.set_num_threads(usual)
 
@@ -94,7 +104,9 @@ def test_only_the_parts_of_the_range_are_needed(stored):
         part_path(folder / "features" / "text", shard).unlink()
     store = FeatureStore.open(folder, "text", 5, 15)
     assert torch.equal(store.gather(torch.arange(10))[0], dense[5:15])
-    with pytest.raises(DataError, match=r"part-000003.safetensors: part 3 is missing; run python -m mocme_dist.extract"):
+    with pytest.raises(
+        DataError, match=r"part-000003.safetensors: part 3 is missing; run python -m mocme_dist.extract"
+    ):
         FeatureStore.open(folder, "text", 5, 16)
 
 
@@ -114,7 +126,8 @@ def test_values_that_are_not_finite_stop_the_load_with_shard_entity_modality_and
     write_part(folder / "features" / "text", 2, values, mask, stats(2))
     entity = 10 + int(np.flatnonzero(mask)[-1])
     with pytest.raises(
-        DataError, match=rf"part-000002.safetensors: 2 values of modality text are not finite, the first at entity {entity} "
+        DataError,
+        match=rf"part-000002.safetensors: 2 values of modality text are not finite, the first at entity {entity} ",
     ):
         FeatureStore.open(folder, "text", 0, NUM_ROWS, residency)
 
@@ -133,7 +146,11 @@ def test_values_that_are_not_finite_are_masked_counted_and_leave_the_others_alon
     expected, kept = dense.clone(), present.clone()
     expected[entity], kept[entity] = 0, False
     found, there = store.gather(torch.arange(17))
-    assert torch.equal(found, expected[3:20]) and torch.equal(there, kept[3:20]) and torch.equal(store.present(), kept[3:20])
+    assert (
+        torch.equal(found, expected[3:20])
+        and torch.equal(there, kept[3:20])
+        and torch.equal(store.present(), kept[3:20])
+    )
 
 
 def edit_json(path, **changes):
@@ -143,16 +160,28 @@ def edit_json(path, **changes):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda d: (d / "features/text/manifest.json").unlink(), r"no finished features .* run python -m mocme_dist.extract"),
+        (
+            lambda d: (d / "features/text/manifest.json").unlink(),
+            r"no finished features .* run python -m mocme_dist.extract",
+        ),
         (lambda d: edit_json(d / "manifest.json", num_entities=24), r"\(23, 5\), the data set has \(24, 5\)"),
         (lambda d: edit_json(d / "manifest.json", shard_rows=6), r"\(23, 5\), the data set has \(23, 6\)"),
         (lambda d: edit_json(d / "features/text/manifest.json", format=2), r"format 2, expected 1"),
-        (lambda d: edit_json(d / "features/text/manifest.json", encoder_hash="new"), r"encoder_hash encoder, expected new"),
-        (lambda d: edit_json(d / "manifest.json", shards=[{"sha256": "repacked"}] * 5), r"input_sha256 input-0, expected repacked"),
+        (
+            lambda d: edit_json(d / "features/text/manifest.json", encoder_hash="new"),
+            r"encoder_hash encoder, expected new",
+        ),
+        (
+            lambda d: edit_json(d / "manifest.json", shards=[{"sha256": "repacked"}] * 5),
+            r"input_sha256 input-0, expected repacked",
+        ),
         (lambda d: edit_json(d / "features/text/manifest.json", width=8), r"width 8"),
         (lambda d: (d / "features/text/part-000001.json").unlink(), r"part 1 is missing"),
         (lambda d: part_path(d / "features/text", 1).write_bytes(b"torn"), r"the part is torn"),
-        (lambda d: shutil.copy(part_path(d / "features/text", 0), part_path(d / "features/text", 1)), r"the part is torn"),
+        (
+            lambda d: shutil.copy(part_path(d / "features/text", 0), part_path(d / "features/text", 1)),
+            r"the part is torn",
+        ),
     ],
 )
 def test_features_that_do_not_fit_are_refused(stored, edit, message):
@@ -161,7 +190,9 @@ def test_features_that_do_not_fit_are_refused(stored, edit, message):
         FeatureStore.open(stored[0], "text", 0, NUM_ROWS)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 8, (1 << 40).to_bytes(8, "little") + b"{}", b"\x02\0\0\0\0\0\0\0{}", b"\x80\x04pickle"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 8, (1 << 40).to_bytes(8, "little") + b"{}", b"\x02\0\0\0\0\0\0\0{}", b"\x80\x04pickle"]
+)
 def test_file_that_is_no_safetensors_is_refused_even_with_a_fitting_hash(stored, content):
     import hashlib
 
@@ -202,7 +233,9 @@ def test_transposed_values_are_written_by_rows(tmp_path):
     assert np.array_equal(load_file(part_path(tmp_path, 0))["values"], values)
 
 
-@pytest.mark.parametrize("values, present", [(np.ones((2, 3)), [1, 1]), (np.ones((2, 3), "f4"), [1, 0]), (np.ones(2, "f4"), [1, 1])])
+@pytest.mark.parametrize(
+    "values, present", [(np.ones((2, 3)), [1, 1]), (np.ones((2, 3), "f4"), [1, 0]), (np.ones(2, "f4"), [1, 1])]
+)
 def test_parts_that_contradict_themselves_are_not_written(tmp_path, values, present):
     with pytest.raises(ShapeError):
         write_part(tmp_path, 0, values, np.array(present), stats(0))

@@ -59,7 +59,9 @@ def test_saved_table_answers_alike(tmp_path):
     loaded = KnownAnswers.load(tmp_path, "train", 5)
     assert isinstance(loaded.targets.base, np.memmap)
     source, relation, direction = triples[:, 0], triples[:, 1], np.zeros(200, int)
-    for one, other in zip(known.lookup(source, relation, direction), loaded.lookup(source, relation, direction), strict=True):
+    for one, other in zip(
+        known.lookup(source, relation, direction), loaded.lookup(source, relation, direction), strict=True
+    ):
         assert np.array_equal(one, other)
 
 
@@ -96,3 +98,12 @@ def test_searching_all_at_once_finds_what_a_search_each_finds(size):
     ascending = np.sort(np.random.default_rng(size).choice(5 * size, size, replace=False)).astype(np.int64)
     wanted = np.concatenate([ascending, ascending + 1, [-5, 6 * size]])
     assert np.array_equal(_places(ascending, wanted), np.minimum(np.searchsorted(ascending, wanted), size - 1))
+
+
+def test_an_entity_has_a_source_where_some_triple_names_it():
+    triples, ids = random_triples(40, 3, 25), np.random.default_rng(2).permutation(50)
+    expected = np.isin(ids, triples[:, [0, 2]])
+    assert 5 < expected.sum() < 45
+    assert np.array_equal(KnownAnswers.build(triples, 3).has_source(ids), expected)
+    assert KnownAnswers.build(triples[:0], 3).has_source([0, 4]).tolist() == [False, False]
+    assert KnownAnswers.build(triples, 3).has_source([]).tolist() == []

@@ -18,7 +18,14 @@ from mocme_dist.encoders.pipeline import extract_features
 from mocme_dist.errors import ConfigError, DataError, ShardError
 from mocme_dist.train import resolve_paths, train
 
-TINY = ("launch.mode=local", "deepspeed.engine=torch", "compile=off", "experts.width=8", "experts.num_experts=2", "mine.hidden=4")
+TINY = (
+    "launch.mode=local",
+    "deepspeed.engine=torch",
+    "compile=off",
+    "experts.width=8",
+    "experts.num_experts=2",
+    "mine.hidden=4",
+)
 SHORT = (
     *TINY,
     "negatives.count=16",
@@ -83,8 +90,14 @@ def test_parts_of_before_whose_json_says_less_are_counted_from_their_values(url,
         files.pipe_file(name, json.dumps(record).encode())
     forget(tmp_path)
     again = extract(url)
-    assert again["missing"] == report["missing"] and again["modalities"]["numeric"]["parts"] == {"done": 0, "skipped": 4}
-    assert sorted(path.stem for path in (tmp_path / "cache").rglob("part-*.safetensors")) == ["part-000000", "part-000002"]
+    assert again["missing"] == report["missing"] and again["modalities"]["numeric"]["parts"] == {
+        "done": 0,
+        "skipped": 4,
+    }
+    assert sorted(path.stem for path in (tmp_path / "cache").rglob("part-*.safetensors")) == [
+        "part-000000",
+        "part-000002",
+    ]
 
 
 def test_packing_again_sends_nothing_and_other_content_is_refused(url, tiny_raw, raw_copy, tmp_path):
@@ -140,7 +153,7 @@ def test_a_run_on_it_equals_one_on_disk_and_its_bundle_answers_from_there(url, t
     monkeypatch.setattr("sys.argv", ["export", str(tmp_path / "there" / "run"), bundle])
     export.main()
     forget(tmp_path)
-    answers = Bundle.open(bundle).predict(head="item 05", relation="near", top=3)
+    answers = Bundle.open(bundle).predict("item 05", "near", k=3)
     assert len(answers) == 3 and answers["score"].is_monotonic_decreasing
     forget(tmp_path)
     monkeypatch.setattr("sys.argv", ["query", bundle, "--head", "item 05", "--relation", "near", "--json"])
@@ -173,7 +186,10 @@ def test_actors_fetch_shards_and_send_parts(ray_session, tiny_raw, tmp_path, mon
     pack_folder(tiny_raw, tmp_path / "here", DataConfig(shard_rows=16))
     extract(str(tmp_path / "here"))
     assert extract(url, use_ray=True)["modalities"]["numeric"]["parts"]["done"] == 4
-    parts = lambda place: {name: digest for name, digest in contents(place).items() if name.startswith("features/")}  # noqa: E731
+
+    def parts(place):
+        return {name: digest for name, digest in contents(place).items() if name.startswith("features/")}
+
     assert parts(url) == parts(str(tmp_path / "here"))
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from mocme_dist.data.storage import Mirror, is_url, local_folder
+from mocme_dist.data import files
+from mocme_dist.data.remote_storage import RemoteStorage
+from mocme_dist.data.storage import is_url
 from mocme_dist.errors import ConfigError, DataError, StorageError
 
 
@@ -38,7 +40,8 @@ def get(url: str, name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "place, answer", [("s3://bucket/x", True), ("memory://x", True), ("runs/demo", False), ("/a/b", False), ("C:/x", False)]
+    "place, answer",
+    [("s3://bucket/x", True), ("memory://x", True), ("runs/demo", False), ("/a/b", False), ("C:/x", False)],
 )
 def test_a_url_is_told_from_a_path(place, answer):
     assert is_url(place) is answer
@@ -47,53 +50,65 @@ def test_a_url_is_told_from_a_path(place, answer):
 def test_files_come_once_and_again_when_they_change(url):
     put(url, "manifest.json", "one")
     put(url, "shards/a.tar", "tar")
-    mirror = Mirror(url)
+    mirror = RemoteStorage(url)
     assert mirror.pull() == ["manifest.json", "shards/a.tar"]
     assert (mirror.path / "shards" / "a.tar").read_text() == "tar"
-    assert Mirror(url).pull() == []
+    assert RemoteStorage(url).pull() == []
     put(url, "manifest.json", "two!")
-    assert Mirror(url).pull() == ["manifest.json"]
+    assert RemoteStorage(url).pull() == ["manifest.json"]
     (mirror.path / "shards" / "a.tar").unlink()
-    assert Mirror(url).pull("shards/*") == ["shards/a.tar"]
+    assert RemoteStorage(url).pull("shards/*") == ["shards/a.tar"]
 
 
 def test_patterns_choose_what_comes(url):
-    for name in ("manifest.json", "graph/train.npy", "features/text/part-000000.safetensors", "features/text/part-000001.safetensors"):
+    for name in (
+        "manifest.json",
+        "graph/train.npy",
+        "features/text/part-000000.safetensors",
+        "features/text/part-000001.safetensors",
+    ):
         put(url, name, name)
-    path = local_folder(url, "manifest.json", "graph/*", "features/*/part-000001.*")
+    path = RemoteStorage(url).path
+    RemoteStorage(url).pull("manifest.json", "graph/*", "features/*/part-000001.*")
     found = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
     assert found == ["features/text/part-000001.safetensors", "graph/train.npy", "manifest.json"]
 
 
-def test_a_path_is_given_back_as_it_is(tmp_path):
-    assert local_folder(tmp_path / "x") == tmp_path / "x"
+def test_what_a_killed_writer_left_is_not_listed_and_is_swept_from_a_disk(tmp_path):
+    mirror = RemoteStorage(f"file://{tmp_path}/remote")
+    mirror.put("a/b", b"x")
+    left = tmp_path / "remote" / "a" / f".tmp-{files._HOST}-12345678-c"
+    left.write_bytes(b"half")
+    assert list(mirror.list()) == ["a/b"] and mirror.pull() == ["a/b"]
+    mirror.sweep()
+    assert not left.exists() and (tmp_path / "remote" / "a" / "b").exists()
 
 
 def test_a_tree_goes_there_with_the_manifest_last(url, monkeypatch):
-    mirror = Mirror(url)
+    mirror = RemoteStorage(url)
     for name in ("MANIFEST.json", "rows.safetensors", "z.txt", ".tmp-x/half", "a/.tmp-half", "lock"):
         (mirror.path / name).parent.mkdir(parents=True, exist_ok=True)
         (mirror.path / name).write_text(name)
     order: list[str] = []
-    whole = Mirror.push
-    monkeypatch.setattr(Mirror, "push", lambda self, names: whole(self, order.extend(names) or order))
+    whole = RemoteStorage.push
+    monkeypatch.setattr(RemoteStorage, "push", lambda self, names: whole(self, order.extend(names) or order))
     mirror.push_tree(last=["MANIFEST.json"], skip=["lock"])
     assert order == ["rows.safetensors", "z.txt", "MANIFEST.json"]
-    assert sorted(mirror.listing()) == sorted(order)
+    assert sorted(mirror.list()) == sorted(order)
     assert get(url, "MANIFEST.json") == "MANIFEST.json"
 
 
 def test_what_is_removed_is_gone_and_removing_nothing_is_no_error(url):
     put(url, "step_1/MANIFEST.json", "x")
     put(url, "step_2/MANIFEST.json", "x")
-    mirror = Mirror(url)
+    mirror = RemoteStorage(url)
     mirror.remove("step_1")
     mirror.remove("step_9")
-    assert list(mirror.listing()) == ["step_2/MANIFEST.json"]
+    assert list(mirror.list()) == ["step_2/MANIFEST.json"]
 
 
 def test_a_push_that_fails_leaves_no_half_file_under_a_final_name(tmp_path, monkeypatch):
-    mirror = Mirror(f"file://{tmp_path}/remote")
+    mirror = RemoteStorage(f"file://{tmp_path}/remote")
     mirror.path.mkdir(parents=True)
     (mirror.path / "part").write_bytes(b"x" * 1000)
 
@@ -110,11 +125,11 @@ def test_a_push_that_fails_leaves_no_half_file_under_a_final_name(tmp_path, monk
 
 def test_a_kind_of_url_without_its_package_says_what_to_install():
     with pytest.raises(ConfigError, match=r"nosuchstore://x: .*install the fsspec package"):
-        Mirror("nosuchstore://x")
+        RemoteStorage("nosuchstore://x")
 
 
 def test_names_that_lead_outside_are_refused(url, monkeypatch):
-    mirror = Mirror(url)
+    mirror = RemoteStorage(url)
     monkeypatch.setattr(mirror, "_found", lambda *_: {f"{mirror.root}/../../etc/passwd": {"size": 1}})
     with pytest.raises(DataError, match="no name inside it"):
         mirror.pull()
@@ -123,10 +138,12 @@ def test_names_that_lead_outside_are_refused(url, monkeypatch):
 def test_several_who_pull_at_once_get_whole_files_and_fetch_each_once(url, monkeypatch):
     put(url, "big", "x" * 100_000)
     fetched = []
-    mirrors = [Mirror(url) for _ in range(4)]
+    mirrors = [RemoteStorage(url) for _ in range(4)]
     get_file = type(mirrors[0].files).get_file
     monkeypatch.setattr(
-        type(mirrors[0].files), "get_file", lambda self, *args, **more: (fetched.append(args[0]), get_file(self, *args, **more))
+        type(mirrors[0].files),
+        "get_file",
+        lambda self, *args, **more: (fetched.append(args[0]), get_file(self, *args, **more)),
     )
     threads = [threading.Thread(target=mirror.pull) for mirror in mirrors]
     for thread in threads:
@@ -137,7 +154,7 @@ def test_several_who_pull_at_once_get_whole_files_and_fetch_each_once(url, monke
 
 
 def test_a_store_that_does_not_answer_is_told(url, monkeypatch):
-    mirror = Mirror(url)
+    mirror = RemoteStorage(url)
     monkeypatch.setattr(mirror, "_found", lambda *_: (_ for _ in ()).throw(ConnectionError("timed out")))
     with pytest.raises(StorageError, match="could not be listed: timed out; check the address"):
         mirror.pull()
@@ -149,17 +166,17 @@ def test_a_cache_that_cannot_be_written_is_told(url, tmp_path, monkeypatch):
         monkeypatch.setenv("MOCME_CACHE", str(tmp_path / "file"))
         put(url, "x", "x")
         with pytest.raises((StorageError, NotADirectoryError)):
-            Mirror(url).pull()
+            RemoteStorage(url).pull()
     else:
         (tmp_path / "cache").mkdir(mode=0o500)
         with pytest.raises(StorageError, match="set MOCME_CACHE"):
-            Mirror(url).pull()
+            RemoteStorage(url).pull()
 
 
 def test_a_file_that_goes_while_a_disk_is_listed_hides_no_other(tmp_path, monkeypatch):
-    mirror = Mirror(f"file://{tmp_path}/remote")
+    mirror = RemoteStorage(f"file://{tmp_path}/remote")
     for name in ("a/1", "a/2", "a/3"):
-        mirror.write(name, b"x")
+        mirror.put(name, b"x")
     stat = Path.stat
 
     def late(self, **kwargs):
@@ -168,16 +185,16 @@ def test_a_file_that_goes_while_a_disk_is_listed_hides_no_other(tmp_path, monkey
         return stat(self, **kwargs)
 
     monkeypatch.setattr(Path, "stat", late)
-    assert list(mirror.listing()) == ["a/1", "a/3"]
+    assert list(mirror.list()) == ["a/1", "a/3"]
 
 
 def test_a_folder_that_may_not_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
-    mirror = Mirror(f"file://{tmp_path}/remote")
-    mirror.write("a/b", b"x")
+    mirror = RemoteStorage(f"file://{tmp_path}/remote")
+    mirror.put("a/b", b"x")
 
     def refused(folder):
         raise PermissionError(13, "Permission denied", folder)
 
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(StorageError, match=r"could not be listed: .*Permission denied"):
-        mirror.listing()
+        mirror.list()

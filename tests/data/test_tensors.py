@@ -1,4 +1,7 @@
-"""Safetensors files by numpy: what is written is what safetensors reads, mapped and aligned; what is torn is refused."""
+"""Safetensors files by numpy: what is written is what safetensors reads, mapped and aligned.
+
+What is torn is refused.
+"""
 
 from __future__ import annotations
 

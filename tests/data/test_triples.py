@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mocme_dist.data.layouts import RawFile
 from mocme_dist.data.triples import KeySpace, Seen, cut_development_set, distinct, leakage, read_triples
+from mocme_dist.data.tsv import RawFile
 from mocme_dist.data.vocabulary import Names
 from mocme_dist.errors import DataError
 

@@ -31,6 +31,9 @@ class Payload:
         return Path.touch, (self.path,)
 
 
+SUFFIXES = {"npy": ".npy", "float16 npy by columns": ".npy", "safetensors": ".safetensors"}  # of the other kinds: .pt
+
+
 def pack(raw: Path, out: Path) -> Dataset:
     return pack_folder(raw, out, DataConfig(shard_rows=16))
 
@@ -49,7 +52,7 @@ def write(raw: Path, kind: str, values: np.ndarray, names: list[str], modality: 
     """The vectors in one of the kinds; all but dictionaries get an ids file."""
     folder = raw / "features"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{modality}{ {'npy': '.npy', 'float16 npy by columns': '.npy', 'safetensors': '.safetensors'}.get(kind, '.pt') }"
+    path = folder / f"{modality}{SUFFIXES.get(kind, '.pt')}"
     table = torch.from_numpy(values)
     if kind == "npy":
         np.save(path, values)
@@ -60,7 +63,11 @@ def write(raw: Path, kind: str, values: np.ndarray, names: list[str], modality: 
     elif kind == "dictionary":
         torch.save({name: table[row].clone() for row, name in enumerate(names)}, path)
     else:
-        torch.save(torch.nn.Parameter(table) if kind == "parameter" else table, path, _use_new_zipfile_serialization=kind != "old format")
+        torch.save(
+            torch.nn.Parameter(table) if kind == "parameter" else table,
+            path,
+            _use_new_zipfile_serialization=kind != "old format",
+        )
     if kind != "dictionary":
         (folder / f"{modality}.ids").write_text("".join(f"{name}\n" for name in names), encoding="utf8")
     return path
@@ -71,7 +78,9 @@ def some_vectors(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 100, (count, WIDTH)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["npy", "float16 npy by columns", "safetensors", "tensor", "parameter", "old format", "dictionary"])
+@pytest.mark.parametrize(
+    "kind", ["npy", "float16 npy by columns", "safetensors", "tensor", "parameter", "old format", "dictionary"]
+)
 def test_every_kind_of_file_gives_every_entity_its_own_row(raw_copy, tmp_path, kind):
     names = [NAMES[i] for i in np.random.default_rng(1).permutation(60)[:40]] + ["nobody", "no one"]
     values = some_vectors(42)
@@ -84,7 +93,12 @@ def test_every_kind_of_file_gives_every_entity_its_own_row(raw_copy, tmp_path, k
     facts = dataset.modalities["image"]
     assert facts["entities"] == 40 and facts["vectors"]["file"] == path.name and facts["vectors"]["width"] == WIDTH
     report = dataset.manifest["report"]["vectors"]["image"]
-    assert (report["rows"], report["outside_graph"], report["all_zero"], report["instead_of"]) == (42, 2, 0, "images.tsv")
+    assert (report["rows"], report["outside_graph"], report["all_zero"], report["instead_of"]) == (
+        42,
+        2,
+        0,
+        "images.tsv",
+    )
     assert report["named_by"] == ("its own names" if kind == "dictionary" else "image.ids")
 
 
@@ -109,9 +123,16 @@ def test_vectors_win_over_raw_files_and_leave_texts_readable(raw_copy, tmp_path,
     dataset = pack(raw_copy, tmp_path / "out")
     members = {name for shard in range(4) for sample in dataset.read_samples(shard, 1 << 20) for name in sample.members}
     assert members == {"text.json", "text.f32", "numeric.json", "image.f32", "audio.f32"}
-    assert {name: dataset.modalities[name]["entities"] for name in ("image", "text", "audio")} == {"image": 2, "text": 2, "audio": 2}
+    assert {name: dataset.modalities[name]["entities"] for name in ("image", "text", "audio")} == {
+        "image": 2,
+        "text": 2,
+        "audio": 2,
+    }
     assert "features/image.npy: imported, not computed; images.tsv plays no part in the features" in caplog.text
-    assert "audio.npy: imported" not in caplog.text and dataset.manifest["report"]["vectors"]["audio"]["instead_of"] is None
+    assert (
+        "audio.npy: imported" not in caplog.text
+        and dataset.manifest["report"]["vectors"]["audio"]["instead_of"] is None
+    )
     assert dataset.fingerprint == pack(raw_copy, tmp_path / "again").fingerprint
 
 
@@ -121,7 +142,9 @@ def test_rows_of_zeros_are_absent_and_counted(raw_copy, tmp_path):
     write(raw_copy, "npy", values, NAMES[:6])
     dataset = pack(raw_copy, tmp_path / "out")
     assert set(vectors_of(dataset, "image")) == {NAMES[i] for i in (0, 2, 3, 5)}
-    assert dataset.manifest["report"]["vectors"]["image"]["all_zero"] == 2 and dataset.modalities["image"]["entities"] == 4
+    assert (
+        dataset.manifest["report"]["vectors"]["image"]["all_zero"] == 2 and dataset.modalities["image"]["entities"] == 4
+    )
 
 
 def test_another_file_of_vectors_is_another_source(raw_copy, tmp_path):
@@ -159,7 +182,9 @@ def test_names_that_do_not_fit_the_rows_are_refused(raw_copy, tmp_path, names, m
 def test_two_files_or_two_kinds_of_names_are_refused(raw_copy, tmp_path):
     path = write(raw_copy, "dictionary", some_vectors(2), NAMES[:2])
     (path.parent / "image.ids").write_text("item 00\nitem 01\n")
-    with pytest.raises(DataError, match=r"features/image.pt: is a dictionary by name, and features/image.ids names rows as well"):
+    with pytest.raises(
+        DataError, match=r"features/image.pt: is a dictionary by name, and features/image.ids names rows as well"
+    ):
         pack(raw_copy, tmp_path / "out")
     np.save(path.with_suffix(".npy"), some_vectors(2))
     with pytest.raises(DataError, match=r"features: holds image.npy and image.pt; delete all but one"):
@@ -186,7 +211,10 @@ def bad_files(sentinel: Path) -> dict[str, object]:
         "old_payload.pth": lambda path: torch.save(Payload(sentinel), path, _use_new_zipfile_serialization=False),
         "torn.npy": lambda path: (np.save(path, whole), path.write_bytes(path.read_bytes()[:-8])),
         "torn.pt": lambda path: (torch.save(torch.from_numpy(whole), path), path.write_bytes(path.read_bytes()[:200])),
-        "torn.safetensors": lambda path: (save_file({"a": torch.from_numpy(whole)}, path), path.write_bytes(path.read_bytes()[:-8])),
+        "torn.safetensors": lambda path: (
+            save_file({"a": torch.from_numpy(whole)}, path),
+            path.write_bytes(path.read_bytes()[:-8]),
+        ),
         "flat.npy": lambda path: np.save(path, whole[0]),
         "text.npy": lambda path: np.save(path, np.array([["a", "b"]] * 6)),
         "two.safetensors": lambda path: save_file({"a": torch.from_numpy(whole), "b": torch.ones(2, 2)}, path),

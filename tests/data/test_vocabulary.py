@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mocme_dist.data.layouts import RawFile
+from mocme_dist.data.tsv import RawFile
 from mocme_dist.data.vocabulary import Names, entity_order, read_entity_file, relation_order
 from mocme_dist.errors import DataError
 
@@ -55,13 +55,13 @@ def test_entity_file_closes_the_set_of_names(tmp_path, content):
     "content, message",
     [
         ("a\t0\nb\n", r"entity2id.txt:2: expected 2 tab-separated fields \(name, id\), got 1"),
-        ("a\t0\nb\t2147483648\n", r"entity2id.txt:2: id 2147483648 lies outside 0 ... 1"),
-        ("a\t1099511627776\nb\t0\n", r"entity2id.txt:1: id 1099511627776 lies outside"),
+        ("a\t0\nb\t2147483648\n", r"entity2id.txt:2: id 2147483648 is outside 0 ... 1"),
+        ("a\t1099511627776\nb\t0\n", r"entity2id.txt:1: id 1099511627776 is outside"),
         ("a\t" + "9" * 30 + "\n", r"entity2id.txt:1: the id is '9+'; expected a whole number"),
-        ("a\t-1\n", r"entity2id.txt:1: id -1 lies outside"),
+        ("a\t-1\n", r"entity2id.txt:1: id -1 is outside"),
         ("a\t0.0\n", r"entity2id.txt:1: the id is '0.0'; expected a whole number"),
-        ("a\t0\n\nb\t0\n", r"entity2id.txt:3: id 0 is there twice, first on line 1"),
-        ("a\t0\na\t1\n", r"entity2id.txt:2: entity 'a' is there twice, first on line 1"),
+        ("a\t0\n\nb\t0\n", r"entity2id.txt:3: id 0 occurs twice, first on line 1"),
+        ("a\t0\na\t1\n", r"entity2id.txt:2: entity 'a' occurs twice, first on line 1"),
         ("3\na\t0\nb\t1\n", r"entity2id.txt:1: says 3 names, the file holds 2"),
         ("a\t0\n \t1\n", r"entity2id.txt:2: the entity is empty"),
         (b"a\t0\n\xff\t1\n", r"entity2id.txt:2: entity b'\\xff' is not UTF-8"),

@@ -1,21 +1,23 @@
-"""Bad shards, files that are too large and entities without features: counted, listed, judged; good parts come out as ever."""
+"""Bad shards, files that are too large and entities without features: counted, listed, judged.
+
+Good parts come out as ever.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from mocme_dist.data.dataset import Dataset
-from mocme_dist.data.features import FeatureStore, part_path
-from mocme_dist.encoders import pipeline
+from mocme_dist.data.feature_parts import part_path
+from mocme_dist.encoders import extractor, pipeline
 from mocme_dist.encoders.image import ImageEncoder
 from mocme_dist.encoders.pipeline import extract_features
-from mocme_dist.encoders.report import report_table
 from mocme_dist.errors import ConfigError, DataError, ShardError
 
 COLUMNS = ("label", "description")
@@ -31,57 +33,6 @@ def update(encoders, **values):
     return encoders.model_copy(update=values)
 
 
-def flip(content: bytes) -> bytes:
-    changed = bytearray(content)
-    changed[600] ^= 1
-    return bytes(changed)
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "inside a member": lambda c: c[:700],
-    "inside a header": lambda c: c[:300],
-    "at a boundary": lambda c: c[:1024],
-    "zero bytes": lambda c: b"",
-    "garbage": lambda c: b"garbage!" * (len(c) // 8),
-    "one bit": flip,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_shard_stops_the_job_or_is_left_out_and_tried_again(packed, encoders, damage, caplog):
-    extract_features(packed, encoders, COLUMNS, CHEAP, use_ray=False)
-    features = packed.directory / "features"
-    expected = files_of(features)
-    for path in features.rglob("*"):
-        if path.is_file():
-            path.unlink()
-    shard = packed.shard_path(1)
-    content = shard.read_bytes()
-    shard.write_bytes(DAMAGES[damage](content))
-    sizes = rf"{len(DAMAGES[damage](content)):,} bytes, the manifest says {len(content):,}"
-    with pytest.raises(
-        ShardError, match=rf"entities-000001.tar: .*{sizes}; \d whole samples, the manifest says 7; sha256 .*bad-shard=skip"
-    ):
-        extract_features(packed, encoders, COLUMNS, CHEAP, use_ray=False)
-    assert ShardError.exit_code == 3 and not list(features.rglob("manifest.json"))
-
-    with caplog.at_level(logging.WARNING):
-        report = extract_features(packed, update(encoders, on_bad_shard="skip"), COLUMNS, CHEAP, use_ray=False)
-    assert report["n_skipped"] == 1 and report == json.loads((packed.directory / "extract_report.json").read_text())
-    for modality in CHEAP:
-        (entry,) = report["modalities"][modality]["skipped_shards"]
-        assert (entry["shard"], entry["file"]) == (1, "entities-000001.tar") and "sha256" in entry["reason"]
-        present = FeatureStore.open(packed.directory, modality, 0, packed.num_entities).present().numpy()
-        assert not present[8:16].any() and present[:8].any()
-    assert "left out: entities-000001.tar" in report_table(report) and "left out" in caplog.text
-    assert "shard 1 could not be read" in caplog.text  # the store says so as well
-
-    shard.write_bytes(content)
-    mended = extract_features(packed, encoders, COLUMNS, CHEAP, use_ray=False)
-    assert files_of(features) == expected and mended["n_skipped"] == 0
-    assert mended["modalities"]["text"]["parts"] == {"done": 1, "skipped": 2}
-
-
 def test_a_missing_shard_is_left_out_as_well(packed, encoders):
     packed.shard_path(2).unlink()
     with pytest.raises(ShardError, match="shard not found"):
@@ -95,12 +46,18 @@ def test_files_above_the_limit_are_unread_counted_and_absent(packed, encoders, m
     before = files_of(packed.directory / "features" / "text")
     # a limit of whole MiB is above all that a small test holds: count in units of 2 KiB instead
     real = Dataset.read_members
-    monkeypatch.setattr(Dataset, "read_members", lambda self, shard, limit, modality: real(self, shard, limit // 512, modality))
+    monkeypatch.setattr(
+        Dataset, "read_members", lambda self, shard, limit, modality: real(self, shard, limit // 512, modality)
+    )
     report = extract_features(packed, update(encoders, max_member_mb=1), COLUMNS, ALL, use_ray=False)
     image = report["modalities"]["image"]
     assert image["failed"]["too large"] >= 2 and image["present"] < full["modalities"]["image"]["present"]
     assert any("bytes, the limit is encoders.max_member_mb" in example["message"] for example in image["examples"])
-    text = {name: content for name, content in files_of(packed.directory / "features" / "text").items() if name.endswith("tensors")}
+    text = {
+        name: content
+        for name, content in files_of(packed.directory / "features" / "text").items()
+        if name.endswith("tensors")
+    }
     assert text == {name: content for name, content in before.items() if name.endswith("tensors")}
     strict = update(encoders, max_member_mb=1, strict=True)
     with pytest.raises(DataError, match="too large"):
@@ -131,35 +88,35 @@ def test_an_error_that_no_decoder_foresaw_costs_one_file_and_not_the_job(packed,
 
 def test_a_run_of_some_modalities_keeps_and_counts_the_others(packed, encoders):
     whole = extract_features(packed, encoders, COLUMNS, ALL, use_ray=False)
-    again = extract_features(packed, encoders, COLUMNS, ("image",), False, max_missing=whole["missing"]["share"] + 0.001)
+    again = extract_features(
+        packed, encoders, COLUMNS, ("image",), False, max_missing=whole["missing"]["share"] + 0.001
+    )
     assert again["missing"] == whole["missing"] and list(again["modalities"]) == list(whole["modalities"])
     assert again["modalities"]["text"] == whole["modalities"]["text"]
     assert again["modalities"]["image"]["parts"] == {"done": 0, "skipped": 3}
     assert again == json.loads((packed.directory / "extract_report.json").read_text())
     (packed.directory / "features" / "text" / "manifest.json").unlink()  # text is no longer finished
     less = extract_features(packed, encoders, COLUMNS, ("image",), use_ray=False)
-    assert list(less["modalities"]) == ["image", "numeric"] and less["missing"]["entities"] > whole["missing"]["entities"]
+    assert (
+        list(less["modalities"]) == ["image", "numeric"] and less["missing"]["entities"] > whole["missing"]["entities"]
+    )
 
 
 def test_text_columns_that_are_not_there(packed, encoders, caplog):
-    with pytest.raises(ConfigError, match=r"data.text_columns: .*none.*label, description, note"):
+    with pytest.raises(ConfigError, match=r"data.text_columns: .*'none'.*'label', 'description', 'note'"):
         extract_features(packed, encoders, ("none",), ("text",), use_ray=False)
     with caplog.at_level(logging.WARNING):
         extract_features(packed, encoders, ("label", "none"), ("text",), use_ray=False)
-    assert "no column none" in caplog.text
+    assert "no column 'none'" in caplog.text
 
 
-def test_entities_without_features_are_reported_and_limited(packed, encoders):
-    present = np.zeros(packed.num_entities, dtype=bool)
-    report = extract_features(packed, encoders, COLUMNS, ("image", "numeric"), use_ray=False)
-    for modality in ("image", "numeric"):
-        present |= FeatureStore.open(packed.directory, modality, 0, packed.num_entities).present().numpy()
-    missing = int((~present).sum())
-    assert report["missing"] == {"entities": missing, "of": 23, "share": round(missing / 23, 6)} and missing > 0
-    assert f"{missing} of 23 entities have no features" in report_table(report)
-    extract_features(packed, encoders, COLUMNS, ("image", "numeric"), False, max_missing=missing / 23)
-    with pytest.raises(DataError, match=rf"{missing} of 23 entities have no features \(.* %\); expected at most 1 %.*--max-missing"):
-        extract_features(packed, encoders, COLUMNS, ("image", "numeric"), False, max_missing=0.01)
+def test_unset_text_columns_are_all_there_are_a_label_first(packed, encoders):
+    assert packed.text_columns() == ("label", "description", "note")
+    packed.modalities["text"]["columns"] = ["note", "description", "label"]
+    assert packed.text_columns() == ("label", "note", "description") and packed.text_columns(["note"]) == ("note",)
+    extract_features(packed, encoders, ("label", "note", "description"), ("text",), use_ray=False)
+    again = extract_features(packed, encoders, None, ("text",), use_ray=False)
+    assert again["modalities"]["text"]["parts"]["done"] == 0
 
 
 def test_a_modality_that_nobody_has_is_a_warning(packed, encoders, caplog):
@@ -168,35 +125,42 @@ def test_a_modality_that_nobody_has_is_a_warning(packed, encoders, caplog):
     assert "text: not one entity has features" in caplog.text
 
 
-def test_decoding_on_several_threads_gives_the_same_bytes(packed, encoders):
+def test_decoding_on_several_threads_gives_the_same_bytes(packed, encoders, monkeypatch):
     extract_features(packed, encoders, COLUMNS, ("image",), use_ray=False)
     folder = packed.directory / "features" / "image"
     expected = files_of(folder)
     folder.rename(packed.directory / "one thread")
-    found = {}
-    real = pipeline.torch.set_num_threads
-    pipeline.torch.set_num_threads = lambda count: real(1)  # the sums of a product depend on its threads; decoding must not
-    try:
-        found = extract_features(packed, update(encoders, cpus_per_actor=3), COLUMNS, ("image",), use_ray=False)
-    finally:
-        pipeline.torch.set_num_threads = real
-    assert files_of(folder) == expected and found["modalities"]["image"]["failed"] == {"not an image": 1, "truncated": 1}
+    # the sums of a product depend on its threads; decoding must not
+    monkeypatch.setattr(extractor.JobProcess, "threads", lambda self: nullcontext())
+    found = extract_features(packed, update(encoders, cpus_per_actor=3), COLUMNS, ("image",), use_ray=False)
+    assert files_of(folder) == expected and found["modalities"]["image"]["failed"] == {
+        "not an image": 1,
+        "truncated": 1,
+    }
 
 
 def test_a_part_finished_meanwhile_is_not_made_again(packed, encoders, monkeypatch):
     extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)
     before = files_of(packed.directory / "features")
-    monkeypatch.setattr(pipeline, "_pending", lambda dataset, modality, pinned: [0, 1, 2])  # what a run that began before believes
+    monkeypatch.setattr(
+        pipeline, "_pending", lambda dataset, modality, pinned: [0, 1, 2]
+    )  # what a run that began before believes
     report = extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)
-    assert report["modalities"]["text"]["parts"] == {"done": 0, "skipped": 3} and files_of(packed.directory / "features") == before
+    assert (
+        report["modalities"]["text"]["parts"] == {"done": 0, "skipped": 3}
+        and files_of(packed.directory / "features") == before
+    )
 
 
 def test_writing_a_finished_part_again_never_takes_its_record_away(packed, encoders, monkeypatch):
     extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)
     folder = packed.directory / "features" / "text"
     real, seen = Path.unlink, []
-    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: (seen.append(path.name), real(path, missing_ok))[1])
-    monkeypatch.setattr(pipeline, "part_is_complete", lambda *_: False)  # two actors on one shard at once
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, missing_ok=False: (seen.append(path.name), real(path, missing_ok))[1]
+    )
+    for module in (pipeline, extractor):  # two actors on one shard at once
+        monkeypatch.setattr(module, "part_is_complete", lambda *_: False)
     extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)
     assert not [name for name in seen if name.startswith("part-")]
     other = update(encoders, text=encoders.text.model_copy(update={"pooling": "cls"}))
@@ -204,18 +168,10 @@ def test_writing_a_finished_part_again_never_takes_its_record_away(packed, encod
     assert "part-000000.json" in seen and part_path(folder, 0).is_file()
 
 
-def test_two_runs_with_other_settings_do_not_mix(packed, encoders, monkeypatch):
-    extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)
-    other = update(encoders, text=encoders.text.model_copy(update={"pooling": "cls"}))
-    monkeypatch.setattr(pipeline, "_pending", lambda dataset, modality, pinned: [0])  # the other run overwrote the rest meanwhile
-    with pytest.raises(DataError, match=r"encoder_hash [0-9a-f]{12}, this run's is [0-9a-f]{12}; another run"):
-        extract_features(packed, other, COLUMNS, ("text",), use_ray=False)
-
-
 def test_memory_that_does_not_suffice_names_the_setting(packed, encoders, monkeypatch):
     def fails(self, batch):
-        raise pipeline.torch.OutOfMemoryError("CUDA out of memory.\nmore lines")
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore lines")
 
-    monkeypatch.setattr("mocme_dist.encoders.text.TextEncoder.encode", fails)
+    monkeypatch.setattr("mocme_dist.encoders.text.TextEncoder.launch", fails)
     with pytest.raises(pipeline.ConfigError, match=r"CUDA out of memory.; lower encoders.text.batch_size"):
         extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)

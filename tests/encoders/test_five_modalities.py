@@ -36,7 +36,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         "e15": [("mp3", b"ID3" + bytes(400))],
         "e16": [("wav", wav[: len(wav) // 2]), ("wav", wav)],  # one of two is good
     }
-    video = {"e0": [("mp4", film("mp4", GREYS))], "e1": [("webp", animation("WEBP", GREYS)), ("gif", animation("GIF", GREYS[:2]))]}
+    video = {
+        "e0": [("mp4", film("mp4", GREYS))],
+        "e1": [("webp", animation("WEBP", GREYS)), ("gif", animation("GIF", GREYS[:2]))],
+    }
     video |= {
         "e10": [("mp4", b"")],
         "e11": [("mp4", film("mp4", GREYS)[:-9])],
@@ -60,14 +63,29 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture
 def small(encoders):
     """Encoders of the tests with limits that some of the files break, and float32 on disk."""
-    audio, video = encoders.audio.model_copy(update={"max_seconds": 3.0}), encoders.video.model_copy(update={"max_frames": 50, "frames": 4})
+    audio, video = (
+        encoders.audio.model_copy(update={"max_seconds": 3.0}),
+        encoders.video.model_copy(update={"max_frames": 50, "frames": 4}),
+    )
     return encoders.model_copy(update={"audio": audio, "video": video, "max_pixels": 100_000, "dtype": "float32"})
 
 
 def test_bad_sounds_and_films_are_counted_absent_and_never_stop_the_job(dataset, small):
     report = extract_features(dataset, small, ("label",), ("audio", "video"), use_ray=False)["modalities"]
-    assert report["audio"]["failed"] == {"empty file": 1, "not a sound": 1, "too long": 1, "truncated": 2, "undecodable": 1}
-    assert report["video"]["failed"] == {"empty file": 1, "not a film": 1, "too large": 1, "too long": 1, "truncated": 1}
+    assert report["audio"]["failed"] == {
+        "empty file": 1,
+        "not audio": 1,
+        "too long": 1,
+        "truncated": 2,
+        "undecodable": 1,
+    }
+    assert report["video"]["failed"] == {
+        "empty file": 1,
+        "not a video": 1,
+        "too large": 1,
+        "too long": 1,
+        "truncated": 1,
+    }
     names = dataset.entity_names()
     present = {}
     for modality in ("audio", "video"):

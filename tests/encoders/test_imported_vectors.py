@@ -11,9 +11,9 @@ from raw_media import write_raw
 from mocme_dist.config.schema import DataConfig, EncodersConfig
 from mocme_dist.data.features import FeatureStore
 from mocme_dist.data.packing import pack_folder
+from mocme_dist.encoders.build import VectorEncoder
 from mocme_dist.encoders.encoder import Failure
 from mocme_dist.encoders.pipeline import extract_features
-from mocme_dist.encoders.vectors import VectorEncoder
 
 # no weights of VGG16 are at hand: computing would stop with an error
 ENCODERS = EncodersConfig(dtype="float32")
@@ -67,7 +67,9 @@ def test_a_changed_file_is_imported_again_and_an_unchanged_one_is_not(tmp_path):
     again = extract_features(second, ENCODERS, ("label",), ("image", "numeric"), use_ray=False)["modalities"]
     assert all(row["parts"]["done"] == 0 for row in again.values())
     store = FeatureStore.open(second.directory, "image", 0, second.num_entities)
-    assert np.array_equal(store.gather(torch.tensor([second.entity_names().index("e0")]))[0][0], other[0].astype(np.float32))
+    assert np.array_equal(
+        store.gather(torch.tensor([second.entity_names().index("e0")]))[0][0], other[0].astype(np.float32)
+    )
 
 
 def test_a_member_of_another_length_is_a_failure():

@@ -8,7 +8,9 @@ import statistics
 import numpy as np
 import pytest
 
+from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.encoders import numeric
+from mocme_dist.encoders.encoder import encoder_hash
 from mocme_dist.encoders.numeric import NumericEncoder, NumericStatistics, collect_numbers, fit_numbers
 from mocme_dist.errors import DataError
 
@@ -24,7 +26,7 @@ def fitted(samples: list[dict[str, bytes]], limit: int = 10, shards: int = 2) ->
 
 def test_values_are_scaled_by_median_and_quartiles_and_clipped():
     heights = [1.0, 2.0, 4.0, 8.0, 9.0, 11.0, 12.0]
-    encoder = NumericEncoder(fitted([member(height=value) for value in heights]))
+    encoder = NumericEncoder(fitted([member(height=value) for value in heights]), 0)
     rows = [encoder.decode(member(height=value)).pieces[0] for value in [*heights, 1e6, -1e6]]
     first, median, third = statistics.quantiles(heights, n=4, method="inclusive")
     expected = [max(-5.0, min(5.0, (value - median) / (third - first))) for value in [*heights, 1e6, -1e6]]
@@ -34,7 +36,7 @@ def test_values_are_scaled_by_median_and_quartiles_and_clipped():
 def test_heavy_tails_get_a_signed_log_and_even_spreads_do_not():
     rng = np.random.default_rng(0)
     people, year = np.exp(3 * rng.normal(size=400)), rng.uniform(1900, 2000, 400)
-    encoder = NumericEncoder(fitted([member(people=p, year=y) for p, y in zip(people, year, strict=True)]))
+    encoder = NumericEncoder(fitted([member(people=p, year=y) for p, y in zip(people, year, strict=True)]), 0)
     kept = {a.name: a for a in encoder.statistics.attributes}
     assert kept["people"].log and not kept["year"].log
     logs = np.log1p(people)
@@ -82,16 +84,51 @@ def test_relation_typed_attributes_of_real_graphs_are_told_apart(shared_data, na
 
 
 def test_absent_attributes_are_two_zeros_and_present_ones_carry_a_one():
-    encoder = NumericEncoder(fitted([member(a=1, b=5), member(a=2, b=6), member(a=3)]))
+    encoder = NumericEncoder(fitted([member(a=1, b=5), member(a=2, b=6), member(a=3)]), 0)
     found = encoder.encode(encoder.collate([encoder.decode(member(b=6)).pieces[0]]))
     assert [a.name for a in encoder.statistics.attributes] == ["a", "b"]
     assert encoder.width == 4 and found[0, :2].tolist() == [0, 0] and found[0, 3] == 1 and found[0, 2] != 0
 
 
+def test_fourier_columns_are_the_powers_of_one_rotation():
+    """exp(i pi 2^k u) by squaring exp(i pi u / 2), u between the 0.5 % and 99.5 % quantiles (of the logarithm if
+    taken).
+    """
+    rng = np.random.default_rng(3)
+    people, year = np.exp(3 * rng.normal(size=1001)), rng.uniform(1900, 2000, 1001)
+    samples = [member(people=p, year=y) for p, y in zip(people, year, strict=True)]
+    encoder, plain = NumericEncoder(fitted(samples), 5), NumericEncoder(fitted(samples), 0)
+    rows = encoder.collate([encoder.decode(one).pieces[0] for one in [*samples, member(year=1950)]])
+    found = encoder.encode(rows).reshape(len(rows), 2, 12)
+    assert encoder.width == 24 and np.array_equal(found[..., :2], plain.encode(rows).reshape(-1, 2, 2))
+    assert not found[-1, encoder.column["people"]].any()
+    for name, values in (("people", np.log1p(people)), ("year", year)):
+        ordered = np.sort(values)
+        low, high = ordered[5], ordered[995]  # the quantiles of 1,001 values are values
+        u = np.clip(2 * (values - low) / (high - low) - 1, -1, 1)
+        wave = np.exp(0.5j * np.pi * u)
+        for k in range(5):
+            block = found[:-1, encoder.column[name], 2 + 2 * k : 4 + 2 * k]
+            assert np.allclose(block, np.stack([wave.imag, wave.real], 1), atol=2e-6), (name, k)
+            wave = wave**2
+
+
+def test_equal_values_have_finite_waves_and_others_the_ends():
+    encoder = NumericEncoder(fitted([member(a=3)] * 5), 2)
+    found = encoder.encode(np.array([[3.0], [1e9], [-1e9]]))
+    assert np.allclose(found[:, 2:4], [[0, 1], [1, 0], [-1, 0]], atol=1e-7)
+
+
+def test_the_number_of_frequencies_pins_the_features():
+    found = fitted([member(a=1), member(a=2)])
+    hashes = {encoder_hash("numeric", NumericEncoder(found, n).settings, EncodersConfig()) for n in (0, 4, 5)}
+    assert len(hashes) == 3
+
+
 def test_the_most_frequent_attributes_are_kept_ties_by_name():
     found = fitted([member(z=1, b=1, a=1), member(z=2, b=2), member(z=3, a=3), member(c=1)], limit=2)
     assert [(a.name, a.count) for a in found.attributes] == [("z", 3), ("a", 2)] and found.left_out == 2
-    assert NumericEncoder(found).decode(member(c=1)).pieces == []
+    assert NumericEncoder(found, 0).decode(member(c=1)).pieces == []
 
 
 @pytest.mark.parametrize("values, scale", [([3, 3, 3], 1.0), ([3] * 9 + [13], 3.0)])
@@ -115,7 +152,7 @@ def test_statistics_survive_json_exactly():
 
 
 def test_what_is_no_number_is_counted_and_the_rest_kept():
-    encoder = NumericEncoder(fitted([member(a=1), member(a=2)]))
+    encoder = NumericEncoder(fitted([member(a=1), member(a=2)]), 0)
     decoded = encoder.decode({"numeric.json": b'{"a": 2, "b": "x", "c": NaN, "d": true, "e": null}'})
     assert [failure.cause for failure in decoded.failures] == ["not a number"] * 4 and len(decoded.pieces) == 1
     assert [failure.cause for failure in encoder.decode({"numeric.json": b"{"}).failures] == ["not JSON"]
@@ -132,11 +169,13 @@ def test_numbers_beyond_floats_deep_nesting_and_lone_surrogates_never_raise():
     found = fitted(samples)
     assert [a.name for a in found.attributes] == ["\\ud800", "b"]
     json.dumps(found.to_json(), ensure_ascii=False).encode("utf8")
-    decoded = [NumericEncoder(found).decode(members) for members in samples]
+    decoded = [NumericEncoder(found, 0).decode(members) for members in samples]
     causes = [[failure.cause for failure in one.failures] for one in decoded]
-    assert causes == [["not a number"], ["not JSON"], ["not a number"], []] and [len(one.pieces) for one in decoded] == [1, 0, 0, 1]
+    assert causes == [["not a number"], ["not JSON"], ["not a number"], []] and [
+        len(one.pieces) for one in decoded
+    ] == [1, 0, 0, 1]
 
 
 def test_no_number_at_all_is_a_data_error():
     with pytest.raises(DataError, match="no shard holds a number"):
-        NumericEncoder(fitted([{}]))
+        NumericEncoder(fitted([{}]), 5)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +11,11 @@ from safetensors.numpy import load_file
 
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore
-from mocme_dist.data.progress import Progress
 from mocme_dist.encoders import pipeline
 from mocme_dist.encoders.build import build_encoder
+from mocme_dist.encoders.extractor import ShardExtractor
 from mocme_dist.encoders.pipeline import extract_features
 from mocme_dist.encoders.report import report_table
-from mocme_dist.encoders.shard import run_ahead
 from mocme_dist.errors import ConfigError, DataError
 
 COLUMNS = ("label", "description")
@@ -92,14 +88,20 @@ def test_other_settings_make_all_parts_again(packed, encoders):
     assert report["modalities"]["text"]["parts"] == {"done": 3, "skipped": 0}
     assert report["modalities"]["numeric"]["parts"] == {"done": 0, "skipped": 3}
     one = encoders.model_copy(update={"numeric": encoders.numeric.model_copy(update={"max_attributes": 1})})
-    assert extract_features(packed, one, COLUMNS, ("numeric",), use_ray=False)["modalities"]["numeric"]["width"] == 2
+    assert extract_features(packed, one, COLUMNS, ("numeric",), use_ray=False)["modalities"]["numeric"]["width"] == 12
+    plain = encoders.model_copy(update={"numeric": one.numeric.model_copy(update={"fourier": 0})})
+    report = extract_features(packed, plain, COLUMNS, ("numeric",), use_ray=False)["modalities"]["numeric"]
+    assert report["width"] == 2 and report["parts"] == {"done": 3, "skipped": 0}
 
 
 def test_bad_files_are_counted_listed_and_absent(packed, encoders):
     report = extract_features(packed, encoders, COLUMNS, ("image",), use_ray=False)
     image = report["modalities"]["image"]
     assert image["failed"] == {"not an image": 1, "truncated": 1}
-    assert {(example["name"], example["cause"]) for example in image["examples"]} == {("e4", "truncated"), ("e5", "not an image")}
+    assert {(example["name"], example["cause"]) for example in image["examples"]} == {
+        ("e4", "truncated"),
+        ("e5", "not an image"),
+    }
     assert image["present"] == 4 and image["samples"] == 6
     assert json.loads((packed.directory / "extract_report.json").read_text()) == report
     assert "truncated 1" in report_table(report)
@@ -115,7 +117,8 @@ def test_strict_stops_at_a_bad_file_found_now_or_before(packed, encoders):
 
 def test_features_beyond_float16_are_absent_with_a_cause(packed, encoders, monkeypatch):
     monkeypatch.setattr(
-        "mocme_dist.encoders.text.TextEncoder.encode", lambda self, batch: np.full((len(batch), self.width), 1e6, np.float32)
+        "mocme_dist.encoders.text.TextEncoder.launch",
+        lambda self, batch: lambda: np.full((len(batch), self.width), 1e6, np.float32),
     )
     text = extract_features(packed, encoders, COLUMNS, ("text",), use_ray=False)["modalities"]["text"]
     assert text["present"] == 0 and text["failed"] == {"not finite": text["samples"]}
@@ -144,37 +147,9 @@ def test_an_unknown_modality_names_what_there_is(packed, encoders):
 
 
 def test_a_part_made_on_a_node_with_other_weights_is_refused(packed, encoders):
-    workshop = pipeline.Workshop(packed.directory, encoders, COLUMNS, None, {"text": "0" * 64})
-    result = workshop.do({"kind": "text", "shard": 0})
+    extractor = ShardExtractor(packed.directory, encoders, COLUMNS, None, {"text": "0" * 64})
+    result = extractor.do({"kind": "text", "shard": 0})
     assert result["error"] == "DataError" and "bring the same files to every node" in result["message"]
-
-
-def test_run_ahead_keeps_order_raises_errors_and_ends_its_thread():
-    assert list(run_ahead(iter(range(50)))) == list(range(50))
-
-    def fails():
-        yield 1
-        raise ValueError("late")
-
-    items = run_ahead(fails())
-    assert next(items) == 1
-    with pytest.raises(ValueError, match="late"):
-        next(items)
-    endless = run_ahead(iter(int, 1))
-    assert next(endless) == 0
-    endless.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "decode-ahead"]
-
-
-def test_progress_shows_life_without_progress(caplog):
-    with caplog.at_level(logging.INFO), Progress("work", 10, "things", interval_s=0.05) as progress:
-        for done, line in ((0, "work: 0/10 things"), (5, "work: 5/10 things")):
-            progress.add(done)
-            deadline = time.monotonic() + 60
-            while line not in caplog.text and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert line in caplog.text
-    assert "s left" in caplog.text
 
 
 @pytest.mark.ray
@@ -198,13 +173,13 @@ def test_statistics_do_not_depend_on_which_shard_is_ready_first(packed, encoders
     monkeypatch.setattr("mocme_dist.encoders.numeric.SAMPLE", 3)  # the first values count, so the order matters
     expected = pipeline._numeric_statistics(packed, encoders, COLUMNS, use_ray=False)
     (packed.directory / "features" / "numeric" / "statistics.json").unlink()
-    run, order = pipeline._run, []
+    run, order = pipeline.run_tasks, []
 
     def last_first(*arguments):
         results = sorted(run(*arguments), key=lambda result: -result["shard"])
         order.extend(result["shard"] for result in results)
         return iter(results)
 
-    monkeypatch.setattr(pipeline, "_run", last_first)
+    monkeypatch.setattr(pipeline, "run_tasks", last_first)
     assert pipeline._numeric_statistics(packed, encoders, COLUMNS, use_ray=False) == expected
     assert order == sorted(order, reverse=True) and len(order) > 1

@@ -1,4 +1,4 @@
-"""Real pictures, texts, numbers, sounds and films of real graphs, through pack and extract with real encoders, in small cuts."""
+"""Small cuts of real graphs with pictures, texts, numbers, sounds and films, through pack and extract."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mocme_dist.encoders.pipeline import extract_features
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TABLES = ("text", "numeric", "images", "audio", "video")
 GRAPHS = {
-    "emojikg": {"text": 384, "image": 1280, "numeric": 14, "video": 2560},
+    "emojikg": {"text": 384, "image": 1280, "numeric": 7 * 12, "video": 2560},
     "stampkg": {"text": 384, "image": 1280, "audio": 256},
     "worldfacts": {"text": 384, "image": 1280, "numeric": None},
 }
@@ -29,7 +29,9 @@ def lines_of(path: Path) -> list[list[str]]:
 
 
 def cut(source: Path, out: Path, count: int = 8) -> Path:
-    """A raw folder of the first entities of every media table, the ends of some valid and test triples, and what links them."""
+    """A raw folder of the first entities of every media table, the ends of some valid and test triples, and their
+    links.
+    """
     splits = {split: lines_of(source / f"{split}.txt") for split in ("train", "valid", "test")}
     tables = {name: lines_of(source / f"{name}.tsv") for name in TABLES if (source / f"{name}.tsv").is_file()}
     chosen = {row[0] for name in tables if name not in ("text", "numeric") for row in tables[name][1 : 1 + count]}
@@ -69,7 +71,10 @@ def test_real_graphs_pack_and_extract_with_real_encoders(shared_data, tmp_path, 
     assert wanted == list(GRAPHS[name]) and set(wanted) == set(dataset.modalities)
     report = extract_features(dataset, config.encoders, config.data.text_columns, wanted, use_ray=False)["modalities"]
     for modality, width in GRAPHS[name].items():
-        assert report[modality]["failed"] == {} and report[modality]["present"] == dataset.modalities[modality]["entities"] >= 5
+        assert (
+            report[modality]["failed"] == {}
+            and report[modality]["present"] == dataset.modalities[modality]["entities"] >= 5
+        )
         values, _ = features(dataset, modality)
         assert values.shape[1] == (width or values.shape[1]) and np.isfinite(values).all()
         different = np.unique(values, axis=0)

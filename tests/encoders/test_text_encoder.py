@@ -12,16 +12,26 @@ import torch
 
 from mocme_dist.config.schema import EncodersConfig, TextEncoderConfig
 from mocme_dist.encoders.encoder import encoder_hash
-from mocme_dist.encoders.text import TextEncoder, cut_batches, entity_text, resolve_model, text_settings
+from mocme_dist.encoders.pretrained import resolve_model
+from mocme_dist.encoders.text import TextEncoder, cut_batches, entity_text, text_settings
 from mocme_dist.encoders.torchvision_shim import prepare_torchvision
 from mocme_dist.errors import ConfigError
 
 COLUMNS = ("label", "description")
-TEXTS = ["one", "a rather longer text than the others, with commas", "two words", "x " * 50, "one", "three little words"]
+TEXTS = [
+    "one",
+    "a rather longer text than the others, with commas",
+    "two words",
+    "x " * 50,
+    "one",
+    "three little words",
+]
 
 
 def tiny(**values: object) -> TextEncoderConfig:
-    return TextEncoderConfig.model_validate({"model": "tiny-random", "random_weights": True, "batch_size": 4, "max_tokens": 16, **values})
+    return TextEncoderConfig.model_validate(
+        {"model": "tiny-random", "random_weights": True, "batch_size": 4, "max_tokens": 16, **values}
+    )
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -42,14 +52,21 @@ def test_batches_hold_equal_lengths_but_for_their_first_quarter():
     ranges = cut_batches(lengths, 4, 9)  # 36 tokens: four texts of nine, seven of five, twelve of three
     assert ranges == [(0, 4), (4, 7), (7, 9), (9, 11), (11, 15), (15, 17)]
     assert cut_batches([], 8, 9) == [] and cut_batches([3, 2], 1, 3) == [(0, 1), (1, 2)]
-    assert cut_batches([0, 0], 1, 1) == [(0, 1), (1, 2)]  # a tokenizer without special tokens, and texts it has no tokens for
+    assert cut_batches([0, 0], 1, 1) == [
+        (0, 1),
+        (1, 2),
+    ]  # a tokenizer without special tokens, and texts it has no tokens for
 
 
 def test_short_texts_fill_a_batch_with_the_tokens_of_long_ones():
     gen = np.random.default_rng(0)
     lengths = sorted(gen.integers(1, 49, 5000).tolist(), reverse=True)
     ranges = cut_batches(lengths, 32, 48)
-    assert [stop for _, stop in ranges[:-1]] == [start for start, _ in ranges[1:]] and ranges[0][0] == 0 and ranges[-1][1] == 5000
+    assert (
+        [stop for _, stop in ranges[:-1]] == [start for start, _ in ranges[1:]]
+        and ranges[0][0] == 0
+        and ranges[-1][1] == 5000
+    )
     assert max(lengths[start] * (stop - start) for start, stop in ranges) <= 32 * 48
     assert sum(lengths[start] * (stop - start) for start, stop in ranges) < 1.02 * sum(lengths)
 
@@ -74,7 +91,9 @@ def test_an_entity_text_joins_the_columns_that_say_something():
     values = {"label": " Oslo\n", "description": "", "aliases": "Kristiania  Christiania", "source": "x"}
     assert entity_text(values, ("aliases", "label", "description", "none")) == "Kristiania Christiania. Oslo"
     assert entity_text({"label": "   "}, ("label",)) == ""
-    assert entity_text({"label": "broken \ud800 text \N{GRINNING FACE}"}, ("label",)) == "broken ? text \N{GRINNING FACE}"
+    assert (
+        entity_text({"label": "broken \ud800 text \N{GRINNING FACE}"}, ("label",)) == "broken ? text \N{GRINNING FACE}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +135,13 @@ def saved_model(folder: Path, seed: int = 0) -> Path:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "boots", "knife", "red"]
-    shape = {"vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    shape = {
+        "vocab_size": len(words),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     torch.manual_seed(seed)
     BertModel(BertConfig(**shape), add_pooling_layer=False).save_pretrained(folder)
     BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
@@ -139,8 +164,12 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path):
     folder = saved_model(tmp_path / "a")
     weights = load_file(folder / "model.safetensors")
     lost = next(name for name in sorted(weights) if "attention" in name)
-    save_file({name: value for name, value in weights.items() if name != lost}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=rf"encoders.text: .*the weights lack 1 of the model's tensors, .*{lost.split('.')[-2]}"):
+    save_file(
+        {name: value for name, value in weights.items() if name != lost}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(
+        ConfigError, match=rf"encoders.text: .*the weights lack 1 of the model's tensors, .*{lost.split('.')[-2]}"
+    ):
         TextEncoder(TextEncoderConfig(model=str(folder)), COLUMNS)
 
 
@@ -151,7 +180,9 @@ def test_random_weights_need_only_a_config_and_say_so(tmp_path: Path, caplog):
     with pytest.raises(ConfigError, match=r"no model\.safetensors"):
         text_settings(TextEncoderConfig(model=str(tmp_path / "b")), COLUMNS)
     with caplog.at_level(logging.WARNING):
-        encoders = [TextEncoder(TextEncoderConfig(model=str(tmp_path / "b"), random_weights=True), COLUMNS) for _ in range(2)]
+        encoders = [
+            TextEncoder(TextEncoderConfig(model=str(tmp_path / "b"), random_weights=True), COLUMNS) for _ in range(2)
+        ]
     assert "RANDOM WEIGHTS" in caplog.text
     one, two = (encoder.encode(encoder.collate(TEXTS)) for encoder in encoders)
     assert np.array_equal(one, two)
@@ -160,7 +191,8 @@ def test_random_weights_need_only_a_config_and_say_so(tmp_path: Path, caplog):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ("package:no_such_package/model", "package no_such_package is not installed"),
+        ("package:no_such_package/model", "package 'no_such_package' is not installed"),
+        ("package:json.tool/model", r"package 'json\.tool' is not installed"),
         ("package:mocme_dist/model", "holds no config.json"),
         ("./no/such/folder", "folder not found"),
         ("tiny-random", "has no weights"),
@@ -186,8 +218,10 @@ def test_a_hub_name_is_found_in_the_local_cache_without_a_network(tmp_path: Path
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
-    encoder = TextEncoder(TextEncoderConfig(), COLUMNS)  # the default asks for bert-base-uncased by its name
-    assert encoder.collate(["Oslo a town"]) == [[2, 5, 6, 7, 3]] and encoder.encode(encoder.collate(["Oslo", "town"])).shape == (2, 16)
+    encoder = TextEncoder(TextEncoderConfig(model="bert-base-uncased"), COLUMNS)
+    assert encoder.collate(["Oslo a town"]) == [[2, 5, 6, 7, 3]] and encoder.encode(
+        encoder.collate(["Oslo", "town"])
+    ).shape == (2, 16)
 
 
 @pytest.mark.slow
@@ -201,7 +235,9 @@ def test_bert_base_of_full_size_runs_from_a_folder(tmp_path: Path):
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path):
-    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "evil.Own", "AutoModel": "evil.Model"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "evil.Own", "AutoModel": "evil.Model"}}'
+    )
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'sentinel')!r}, 'w')\n")
     with pytest.raises(ConfigError, match="cannot build the model"):
         TextEncoder(TextEncoderConfig(model=str(tmp_path), random_weights=True), COLUMNS)

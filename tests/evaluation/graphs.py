@@ -15,8 +15,11 @@ E, R, D = 53, 4, 10
 def graph(seed: int = 0) -> tuple[np.ndarray, KnownAnswers]:
     """40 triples to rank, and the known answers of those and of 400 others: many queries have several."""
     gen = np.random.default_rng(seed)
+
     # Few sources, so that queries share known answers.
-    draw = lambda count: np.stack([gen.integers(8, size=count), gen.integers(R, size=count), gen.integers(E, size=count)], 1)  # noqa: E731
+    def draw(count):
+        return np.stack([gen.integers(8, size=count), gen.integers(R, size=count), gen.integers(E, size=count)], 1)
+
     test, rest = draw(40), draw(400)
     rest[::2] = rest[::2, ::-1] % np.array([E, R, 8])
     return test, KnownAnswers.build(np.concatenate([test, rest]), R)
@@ -32,7 +35,10 @@ def vectors(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def brute_force(queries: Queries, known: KnownAnswers, z_ED: Tensor, phase_RC: Tensor) -> np.ndarray:
-    """Ranks from the whole matrix of complex distances in float64, sorted by nobody: best and worst place, then their mean."""
+    """Ranks from the whole matrix of complex distances in float64, sorted by nobody.
+
+    Best and worst place, then their mean.
+    """
     real, imaginary = z_ED.double().chunk(2, -1)
     z_EC = torch.complex(real, imaginary)
     ranks = []

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from graphs import D, E, R, graph, vectors
 
 from mocme_dist.evaluation.metrics import report
-from mocme_dist.evaluation.protocol import split_queries
-from mocme_dist.evaluation.ranking import RowShard, rank_queries
+from mocme_dist.evaluation.ranking import RowShard, rank_queries, split_queries
 from mocme_dist.parallel.comm import communication
 
 
 @pytest.mark.slow
 def test_metrics_equal_those_of_pykeen():
-    """Filtered realistic ranks; PyKEEN's RotatE takes one 2-norm over all dimensions, so it gets the published sum of moduli."""
-    pytest.importorskip("pykeen", exc_type=ModuleNotFoundError, reason="pykeen is not installed: pip install 'mocme-dist[dev]'")
+    """Filtered realistic ranks.
+
+    PyKEEN's RotatE takes one 2-norm over all dimensions, so it gets the published sum of moduli.
+    """
+    pytest.importorskip(
+        "pykeen", exc_type=ModuleNotFoundError, reason="pykeen is not installed: pip install 'mocme-dist[dev]'"
+    )
     from mocme_dist.encoders.torchvision_shim import prepare_torchvision
 
     prepare_torchvision()  # pykeen imports torchvision where it finds it
@@ -31,7 +36,9 @@ def test_metrics_equal_those_of_pykeen():
 
     test, known = graph()
     z_ED, _ = vectors()
-    z_ED = torch.randn(z_ED.shape, generator=torch.Generator().manual_seed(9))  # no ties: kernels of two libraries break them apart
+    z_ED = torch.randn(
+        z_ED.shape, generator=torch.Generator().manual_seed(9)
+    )  # no ties: kernels of two libraries break them apart
     phase_RC = torch.rand(R, D // 2, generator=torch.Generator().manual_seed(3)) * 6 - 3
     entities = torch.complex(*z_ED.chunk(2, -1))
     relations = torch.polar(torch.ones_like(phase_RC), phase_RC)
@@ -41,7 +48,14 @@ def test_metrics_equal_those_of_pykeen():
         for target in known.targets[known.offsets[place] : known.offsets[place + 1]]
     ]
     factory = CoreTriplesFactory.create(torch.tensor(sorted(set(known_triples))), num_entities=E, num_relations=R)
-    given = lambda value: {"shape": (D // 2,), "dtype": torch.cfloat, "initializer": PretrainedInitializer(torch.view_as_real(value))}  # noqa: E731
+
+    def given(value):
+        return {
+            "shape": (D // 2,),
+            "dtype": torch.cfloat,
+            "initializer": PretrainedInitializer(torch.view_as_real(value)),
+        }
+
     model = ERModel(
         triples_factory=factory,
         interaction=SumOfModuli,
@@ -55,9 +69,15 @@ def test_metrics_equal_those_of_pykeen():
 
     queries = split_queries(test.numpy())
     with communication(30) as comm:
-        ranks = rank_queries(queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm, query_block=16, tile_rows=24)
-    ours = report("test", ranks, queries.direction)
-    names = {"mrr": "inverse_harmonic_mean_rank", "mr": "arithmetic_mean_rank", **{f"hits@{k}": f"hits_at_{k}" for k in (1, 3, 10)}}
+        ranks = rank_queries(
+            queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm, query_block=16, tile_rows=24
+        )
+    ours = report("test", ranks, queries.direction, np.ones((2, len(ranks)), bool))
+    names = {
+        "mrr": "inverse_harmonic_mean_rank",
+        "mr": "arithmetic_mean_rank",
+        **{f"hits@{k}": f"hits_at_{k}" for k in (1, 3, 10)},
+    }
     for side, mine in (("both", ours), ("head", ours["head"]), ("tail", ours["tail"])):
         for name, theirs in names.items():
             assert mine[name] == pytest.approx(results.get_metric(f"{side}.realistic.{theirs}"), abs=1e-6), (side, name)

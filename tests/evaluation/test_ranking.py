@@ -10,13 +10,14 @@ import torch
 from graphs import D, E, R, brute_force, graph, vectors
 
 from mocme_dist.data.known import KnownAnswers
-from mocme_dist.evaluation.protocol import split_queries
-from mocme_dist.evaluation.ranking import Queries, RowShard, rank_queries
+from mocme_dist.evaluation.ranking import Queries, RowShard, Sizes, rank_both_ways, rank_queries, split_queries
 from mocme_dist.parallel.comm import Comm, communication
 from mocme_dist.partition import RowPartition
 
 
-def rank_alone(queries: Queries, known: KnownAnswers, z_ED: torch.Tensor, phase_RC: torch.Tensor, **settings: Any) -> np.ndarray:
+def rank_alone(
+    queries: Queries, known: KnownAnswers, z_ED: torch.Tensor, phase_RC: torch.Tensor, **settings: Any
+) -> np.ndarray:
     with communication(30) as comm:
         return rank_queries(queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm, **settings)
 
@@ -50,6 +51,49 @@ def test_ranks_equal_brute_force_on_other_graphs(seed):
     queries, (z_ED, phase_RC) = split_queries(test), vectors(seed + 1)
     found = rank_alone(queries, known, z_ED, phase_RC, query_block=16, tile_rows=24)
     assert np.array_equal(found, brute_force(queries, known, z_ED, phase_RC))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ranks_without_the_source_equal_ranks_that_filter_it(compiled):
+    test, known = graph()
+    queries, (z_ED, phase_RC) = split_queries(test), vectors()
+    both = Queries(*(column.repeat(2) for column in queries))
+    with communication(30) as comm:
+        place = (lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm)
+        found = rank_both_ways(both, *place, Sizes(16, 24, compiled))
+
+    class AndSources:
+        """Known answers and each query's source."""
+
+        def lookup(self, source, relation, direction):
+            offsets, targets = known.lookup(source, relation, direction)
+            parts = [np.union1d(a, s) for a, s in zip(np.split(targets, offsets[1:-1]), source, strict=True)]
+            return np.cumsum([0, *map(len, parts)]), np.concatenate(parts)
+
+    expected = brute_force(both, AndSources(), z_ED, phase_RC)
+    assert np.array_equal(found.without_source, expected)
+    assert (found.without_source < found.filtered).any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_entity_that_the_model_knows_nothing_of_ranks_last(compiled):
+    """Its vector is zero, which is nearer to a query than most others are."""
+    test, known = graph()
+    queries, (z_ED, phase_RC) = split_queries(test), vectors()
+    unknown = [1, 5, 20, 51]
+    z_ED[unknown] = 0
+    found = rank_alone(queries, known, z_ED, phase_RC, query_block=16, tile_rows=24, compiled=compiled)
+    is_target = np.isin(queries.target, unknown)
+    offsets, targets = known.lookup(queries.source, queries.relation, queries.direction)
+    answers = [set(part.tolist()) for part in np.split(targets, offsets[1:-1])]
+    for q in np.flatnonzero(is_target):
+        others = [e for e in range(E) if e not in answers[q] and e not in unknown]
+        ties = [e for e in unknown if e not in answers[q]]
+        assert found[q] == 1 + len(others) + len(ties) / 2
+    rest = ~is_target & ~np.isin(queries.source, unknown)
+    assert is_target.any()
+    z_ED[unknown] = 1e9
+    assert np.array_equal(found[rest], brute_force(queries, known, z_ED, phase_RC)[rest])
 
 
 def rank_shard(comm: Comm, tile_rows: int, compiled: bool, num_rows: int) -> np.ndarray:
@@ -118,7 +162,9 @@ def test_vectors_that_are_not_finite_give_no_good_rank(bad, compiled):
     """A model that has diverged must not look perfect: a target without a distance is last."""
     test, known = graph()
     queries, (z_ED, phase_RC) = split_queries(test), vectors()
-    everything = rank_alone(queries, known, torch.full((E, D), float("nan")), phase_RC, query_block=16, tile_rows=20, compiled=compiled)
+    everything = rank_alone(
+        queries, known, torch.full((E, D), float("nan")), phase_RC, query_block=16, tile_rows=20, compiled=compiled
+    )
     offsets, _ = known.lookup(queries.source, queries.relation, queries.direction)
     assert np.array_equal(everything, E - (np.diff(offsets) - 1.0))
     z_ED[queries.target[0]] = bad
@@ -162,5 +208,5 @@ def test_pairs_are_made_a_block_at_a_time_and_none_for_filling():
             return known.lookup(source, relation, direction)
 
     found = rank_alone(queries, Counted(), *vectors(), query_block=32, tile_rows=40)  # type: ignore[arg-type]
-    assert asked == [32, 32, 16]
+    assert asked == 2 * [32, 32, 16]  # once for the sources, once for the rows
     assert np.array_equal(found, brute_force(queries, known, *vectors()))

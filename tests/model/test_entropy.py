@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from plain_settings import WEIGHTING
 
 from mocme_dist.model.entropy import AMBIGUOUS, EASY, HARD, Weighting, entropy_bits, entropy_class, negative_weights
 
@@ -31,13 +32,13 @@ def test_entropy_keeps_its_digits_at_the_ends():
 
 
 def test_classes_change_at_their_thresholds():
-    weighting = Weighting(easy_below=0.2, hard_from=0.8)
+    weighting = WEIGHTING._replace(easy_below=0.2, hard_from=0.8)
     step = 1e-7
     entropy = torch.tensor([0.0, 0.2 - step, 0.2 + step, 0.5, 0.8 - step, 0.8 + step, 1.0])
     assert entropy_class(entropy, weighting).tolist() == [EASY, EASY, AMBIGUOUS, AMBIGUOUS, AMBIGUOUS, HARD, HARD]
     exact = torch.tensor([0.25, 0.75])  # representable: a value at the threshold belongs to the class above it
-    assert entropy_class(exact, Weighting(easy_below=0.25, hard_from=0.75)).tolist() == [AMBIGUOUS, HARD]
-    assert entropy_class(torch.tensor([0.5]), Weighting(easy_below=0.5, hard_from=0.5)).tolist() == [HARD]
+    assert entropy_class(exact, WEIGHTING._replace(easy_below=0.25, hard_from=0.75)).tolist() == [AMBIGUOUS, HARD]
+    assert entropy_class(torch.tensor([0.5]), WEIGHTING._replace(easy_below=0.5, hard_from=0.5)).tolist() == [HARD]
 
 
 def scores() -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,14 +52,14 @@ def scores() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_sum_to_one_over_what_is_allowed(kind):
     score, allowed = scores()
-    weight, classes = negative_weights(score.requires_grad_(), allowed, Weighting(kind))
+    weight, classes = negative_weights(score.requires_grad_(), allowed, WEIGHTING._replace(kind=kind))
     expected = torch.ones(3, 4)
     expected[1, 2] = 0
     torch.testing.assert_close(weight.sum(-1), expected)
     assert (weight[~allowed] == 0).all()
     assert (weight[allowed] > 0).all()
     assert not weight.requires_grad
-    assert torch.equal(classes, entropy_class(entropy_bits(score), Weighting()))
+    assert torch.equal(classes, entropy_class(entropy_bits(score), WEIGHTING))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +85,9 @@ def test_weights_equal_a_plain_loop(kind):
 
 def test_self_adversarial_weights_are_a_softmax():
     score, allowed = scores()
-    weight, _ = negative_weights(score, torch.ones_like(allowed), Weighting("self_adversarial", temperature=2.0))
+    weight, _ = negative_weights(
+        score, torch.ones_like(allowed), WEIGHTING._replace(kind="self_adversarial", temperature=2.0)
+    )
     torch.testing.assert_close(weight, torch.softmax(score * 2, -1))
 
 
@@ -92,14 +95,18 @@ def test_self_adversarial_weights_are_a_softmax():
 def test_scores_far_away_give_finite_weights(kind):
     score = torch.tensor([[[1e30, -1e30, 5e3, -5e3, 0.0]]])
     for allowed in (torch.ones(1, 1, 5, dtype=torch.bool), torch.zeros(1, 1, 5, dtype=torch.bool)):
-        weight, _ = negative_weights(score, allowed, Weighting(kind))
+        weight, _ = negative_weights(score, allowed, WEIGHTING._replace(kind=kind))
         assert torch.isfinite(weight).all()
         assert weight.sum().item() == pytest.approx(float(allowed.any()))
 
 
 def test_a_class_of_weight_zero_is_left_out():
     score = torch.tensor([[[0.0, 20.0, 30.0]]])
-    weight, _ = negative_weights(score, torch.ones(1, 1, 3, dtype=torch.bool), Weighting("entropy", weight_easy=0.0))
+    weight, _ = negative_weights(
+        score, torch.ones(1, 1, 3, dtype=torch.bool), WEIGHTING._replace(kind="entropy", weight_easy=0.0)
+    )
     assert weight.tolist() == [[[1.0, 0.0, 0.0]]]
-    weight, _ = negative_weights(score[..., 1:], torch.ones(1, 1, 2, dtype=torch.bool), Weighting("entropy", weight_easy=0.0))
+    weight, _ = negative_weights(
+        score[..., 1:], torch.ones(1, 1, 2, dtype=torch.bool), WEIGHTING._replace(kind="entropy", weight_easy=0.0)
+    )
     assert weight.tolist() == [[[0.0, 0.0]]]

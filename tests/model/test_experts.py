@@ -39,9 +39,9 @@ def test_batched_experts_equal_a_loop_of_networks(residual, rows):
     module = experts(residual)
     gen = torch.Generator().manual_seed(2)
     x_MUD = torch.randn(M, rows, D, generator=gen, dtype=torch.float64).requires_grad_()
-    slope = torch.randn(M, K, rows, D, generator=gen, dtype=torch.float64)
+    grad_out = torch.randn(M, K, rows, D, generator=gen, dtype=torch.float64)
     views = module(x_MUD)
-    (views * slope).sum().backward()
+    (views * grad_out).sum().backward()
 
     x_twin = x_MUD.detach().clone().requires_grad_()
     twins = [[twin(module, m, k) for k in range(K)] for m in range(M)]
@@ -49,7 +49,7 @@ def test_batched_experts_equal_a_loop_of_networks(residual, rows):
         for k in range(K):
             expected = twins[m][k](x_twin[m]) + (x_twin[m] if residual else 0)
             torch.testing.assert_close(views[m, k], expected)
-            (expected * slope[m, k]).sum().backward()
+            (expected * grad_out[m, k]).sum().backward()
     torch.testing.assert_close(x_MUD.grad, x_twin.grad)
     for m in range(M):
         for k in range(K):
@@ -113,7 +113,9 @@ def test_projections_keep_the_order_of_modalities_and_may_pass_structure_through
     assert torch.equal(stacked[1], through.by_modality["text"](raw["text"]))
     assert not any("structure" in name for name, _ in through.named_parameters())
     both = Projections(widths, 5, 4, 0.0, "mlp")
-    assert torch.equal(both({"text": raw["text"], "structure": raw["structure"]})[0], both.by_modality["structure"](raw["structure"]))
+    assert torch.equal(
+        both({"text": raw["text"], "structure": raw["structure"]})[0], both.by_modality["structure"](raw["structure"])
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -160,25 +162,27 @@ HALF_DIGIT = 2**-9
 def test_bfloat16_products_round_what_they_multiply_and_nothing_else(residual, recompute):
     """Views and gradients are float32's up to roundings; in evaluation they are float32's bit for bit."""
     gen = torch.Generator().manual_seed(2)
-    x_MUD, slope = torch.randn(M, 300, D, generator=gen), torch.randn(M, K, 300, D, generator=gen)
+    x_MUD, grad_out = torch.randn(M, 300, D, generator=gen), torch.randn(M, K, 300, D, generator=gen)
     found = {}
-    for precision in ("float32", "bfloat16"):
+    for precision in (torch.float32, torch.bfloat16):
         module = Experts(M, K, D, 0.0, residual, torch.Generator().manual_seed(0), recompute, precision)
         with torch.no_grad():
-            module.second_LDD.add_(torch.randn(module.second_LDD.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+            module.second_LDD.add_(
+                torch.randn(module.second_LDD.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+            )
         leaf = x_MUD.clone().requires_grad_()
         views = module(leaf)
-        (views * slope).sum().backward()
+        (views * grad_out).sum().backward()
         found[precision] = [views.detach(), leaf.grad, *(p.grad for p in module.parameters())]
         found[precision].append(module.eval()(x_MUD).detach())
-    *exact, evaluated = found["float32"]
-    *rounded, same = found["bfloat16"]
+    *exact, evaluated = found[torch.float32]
+    *rounded, same = found[torch.bfloat16]
     assert torch.equal(same, evaluated)
     assert not torch.equal(rounded[0], exact[0])
     for value, expected in zip(rounded, exact, strict=True):
         assert value.dtype == torch.float32
-        # Inputs, weights, hidden units, outputs and slopes, each by half a digit; a hidden unit near 0 that turns on or off
-        # moves a gradient by all of its share.
+        # Inputs, weights, hidden units, outputs and gradients, each by half a digit; a hidden unit near 0 that turns on
+        # or off moves a gradient by all of its share.
         assert (value - expected).norm() <= 32 * HALF_DIGIT * expected.norm()
 
 

@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 import torch
+from plain_settings import FUSION
 from torch import Tensor
 
-from mocme_dist.model.fusion import Fused, Fusion, FusionSettings, mean_over_siblings
+from mocme_dist.model.fusion import Fused, Fusion, mean_over_siblings
+from mocme_dist.model.mine import Halves
 
 M, K, V, D = 3, 2, 16, 6
 ESTIMATORS = ("uniform", "cosine", "attention", "mine")
@@ -19,8 +21,11 @@ def one(value: Tensor) -> Tensor:
     return value
 
 
-def fusion(estimator: str, scope: str = "global", flow: str = "stop", num_modalities: int = M, **settings: float) -> Fusion:
-    chosen = FusionSettings(estimator, scope, flow, hidden=8, **settings)
+def fusion(
+    estimator: str, scope: str = "global", flow: str = "stop", num_modalities: int = M, **settings: float
+) -> Fusion:
+    how = {"estimator": estimator, "scope": scope, "weight_gradient": flow, "hidden": 8, **settings}
+    chosen = FUSION._replace(**how)
     return Fusion(num_modalities, K, D, chosen, torch.Generator().manual_seed(0))
 
 
@@ -110,7 +115,9 @@ def plain_global(view: Tensor, present: Tensor, intra: dict, inter: dict, scale:
         mixed = {}
         for m in range(M):
             if present[m, v]:
-                redundancy = [sum(intra[m, min(j, k), max(j, k)] for j in range(K) if j != k) / (K - 1) for k in range(K)]
+                redundancy = [
+                    sum(intra[m, min(j, k), max(j, k)] for j in range(K) if j != k) / (K - 1) for k in range(K)
+                ]
                 weight = softmax([-r / scale for r in redundancy])
                 mixed[m] = sum(w * view[m, k, v] for k, w in enumerate(weight))
         if mixed:
@@ -220,7 +227,9 @@ def completion(fused: Fused) -> Tensor:
 
 
 @pytest.mark.parametrize(("estimator", "scope", "flow"), EVERY)
-def test_the_completion_loss_reaches_the_networks_never_and_the_views_through_weights_where_it_flows(estimator, scope, flow):
+def test_the_completion_loss_reaches_the_networks_never_and_the_views_through_weights_where_it_flows(
+    estimator, scope, flow
+):
     module = fusion(estimator, scope, flow)
     train(module)
     view, present, held_out = case(99)
@@ -275,7 +284,7 @@ def test_mean_over_siblings_equals_a_loop():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("scope", ["global", "entity"])
 def test_one_modality_with_one_expert_needs_no_weights(estimator, scope):
-    module = Fusion(1, 1, D, FusionSettings(estimator, scope), torch.Generator().manual_seed(0))
+    module = Fusion(1, 1, D, FUSION._replace(estimator=estimator, scope=scope), torch.Generator().manual_seed(0))
     view = torch.randn(1, 1, V, D)
     fused = module(view, torch.ones(1, V, dtype=torch.bool), torch.arange(V) % 2 == 1, one, True)
     torch.testing.assert_close(fused.z_VD, view[0, 0])
@@ -298,9 +307,9 @@ def test_a_sample_of_rows_keeps_both_halves():
     sizes = []
     original = module.inter.mine.forward
 
-    def spy(view: Tensor, present: Tensor, held_out: Tensor, *rest: object) -> object:
-        sizes.append((view.shape[1], present.shape[1], int(held_out.sum())))
-        return original(view, present, held_out, *rest)
+    def spy(view: Tensor, present: Tensor, halves: Halves, *rest: object) -> object:
+        sizes.append((view.shape[1], present.shape[1], len(halves.held_out_H)))
+        return original(view, present, halves, *rest)
 
     module.inter.mine.forward = spy
     view, _, held_out = case()

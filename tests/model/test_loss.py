@@ -8,14 +8,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from plain_settings import LOSS, WEIGHTING
 from torch.nn import functional
 
-from mocme_dist.cluster import return_pages
+from mocme_dist.kernels import distance as distance_module
+from mocme_dist.kernels.distance import distance
+from mocme_dist.memory import return_pages
 from mocme_dist.model import loss as loss_module
-from mocme_dist.model import pool
-from mocme_dist.model.entropy import Weighting, negative_weights
+from mocme_dist.model.entropy import negative_weights
 from mocme_dist.model.loss import LossSettings, completion_loss
-from mocme_dist.model.rotate import distance, rotate
+from mocme_dist.model.rotate import rotate
 
 G, B, N, D = 2, 4, 11, 8
 WEIGHTINGS = ("entropy", "self_adversarial", "uniform", "entropy_adversarial")
@@ -52,13 +54,22 @@ def inputs() -> Inputs:
     allowed[0, 1] = False
     weight = torch.ones(G, B)
     weight[1, 3] = 0
-    found = Inputs(normal(G, B, D), normal(G, B, D // 2) * 2, normal(G, B).sign(), normal(G, B, D), normal(G, N, D), allowed, weight)
+    found = Inputs(
+        normal(G, B, D),
+        normal(G, B, D // 2) * 2,
+        normal(G, B).sign(),
+        normal(G, B, D),
+        normal(G, N, D),
+        allowed,
+        weight,
+    )
     found.pool[0, 0] = found.target[0, 0]
     return found
 
 
 def settings(kind: str, weighting: str, compiled: bool = False) -> LossSettings:
-    return LossSettings(kind, 5.0, Weighting(weighting, temperature=0.7), compiled)
+    weights = WEIGHTING._replace(kind=weighting, temperature=0.7)
+    return LOSS._replace(kind=kind, gamma=5.0, weighting=weights, compiled=compiled)
 
 
 def evaluate(values: Inputs, chosen: LossSettings) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
@@ -90,13 +101,23 @@ def plain(values: Inputs, chosen: LossSettings) -> tuple[list[torch.Tensor], dic
             weights = torch.zeros(0)
             if negative:
                 stacked = torch.stack(negative)[None, None]
-                weights, _ = negative_weights(stacked.detach(), torch.ones_like(stacked, dtype=torch.bool), chosen.weighting)
-            lost = -sum(w * functional.logsigmoid(-s) for w, s in zip(weights.flatten().tolist(), negative, strict=True))
+                weights, _ = negative_weights(
+                    stacked.detach(), torch.ones_like(stacked, dtype=torch.bool), chosen.weighting
+                )
+            lost = -sum(
+                w * functional.logsigmoid(-s) for w, s in zip(weights.flatten().tolist(), negative, strict=True)
+            )
             won = -functional.logsigmoid(positive)
             positive_sum, negative_sum = positive_sum + won.item(), negative_sum + float(torch.as_tensor(lost).detach())
             total = total + (won + lost) / 2
     total.backward()
-    sums = {"loss": total.item(), "positive": positive_sum, "negative": negative_sum, "positive_score": score_sum, "queries": 7.0}
+    sums = {
+        "loss": total.item(),
+        "positive": positive_sum,
+        "negative": negative_sum,
+        "positive_score": score_sum,
+        "queries": 7.0,
+    }
     sums["allowed"] = float(values.allowed.flatten(0, 1)[:7].sum())
     return [total.detach(), *(getattr(leaves, name).grad for name in LEAVES)], sums
 
@@ -122,14 +143,18 @@ def test_loss_equals_a_loop_over_queries(kind, weighting):
 def test_loss_is_one_graph(kind, weighting):
     """Forward and backward, kernels included: a break is an error of the compiler. This backend builds nothing."""
     traced = torch.compile(
-        partial(loss_module._forward, settings=settings(kind, weighting, compiled=True)), backend="aot_eager", fullgraph=True
+        partial(loss_module._forward, settings=settings(kind, weighting, compiled=True)),
+        backend="aot_eager",
+        fullgraph=True,
     )
     values = inputs()
     leaves = values._replace(**{name: getattr(values, name).clone().requires_grad_() for name in LEAVES})
     found, *_ = traced(*leaves)
     found.backward()
     expected, _ = evaluate(values, settings(kind, weighting))
-    torch.testing.assert_close([found.detach(), *(getattr(leaves, name).grad for name in LEAVES)], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        [found.detach(), *(getattr(leaves, name).grad for name in LEAVES)], expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -149,21 +174,30 @@ def test_compiled_loss_equals_eager(kind, weighting, cuda_graphs):
 def large(g: int, b: int, n: int, d: int) -> Inputs:
     """Shapes of a real batch, and vectors whose distances are near the margin."""
     scale = 5 / d
-    vectors = (normal(g, b, d) * scale, normal(g, b, d // 2), normal(g, b).sign(), normal(g, b, d) * scale, normal(g, n, d) * scale)
+    vectors = (
+        normal(g, b, d) * scale,
+        normal(g, b, d // 2),
+        normal(g, b).sign(),
+        normal(g, b, d) * scale,
+        normal(g, n, d) * scale,
+    )
     return Inputs(*vectors, normal(g, b, n) > -1, torch.ones(g, b))
 
 
 def peak_mb(values: Inputs, chosen: LossSettings) -> float:
     """What one forward and backward adds to this process at its peak; the second time, when all is compiled."""
     evaluate(values, chosen)
-    return_pages()  # a process that has trained keeps what it frees: the second time would need nothing new, whatever it stores
+    # a process that has trained keeps what it frees: the second time would need nothing new, whatever it stores
+    return_pages()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
     before = status_mb("VmRSS")
     evaluate(values, chosen)
     return status_mb("VmHWM") - before
 
 
-reads_peaks = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux")
+reads_peaks = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux"
+)
 
 
 @pytest.mark.slow
@@ -188,7 +222,7 @@ def test_steps_after_the_first_compile_nothing_and_store_no_differences():
 
 
 @reads_peaks
-@pytest.mark.skipif(not pool.has_kernels("cpu"), reason="no C++ compiler")
+@pytest.mark.skipif(not distance_module.has_kernels("cpu"), reason="no C++ compiler")
 def test_one_vs_all_over_all_entities_stores_no_differences(monkeypatch):
     monkeypatch.setattr(loss_module, "_compiled", lambda chosen: partial(loss_module._forward, settings=chosen))
     b, n, d = 16, 4096, 128
@@ -227,9 +261,9 @@ def test_no_gradient_passes_through_the_weights():
     query = rotate(values.source, values.phase, values.sign)
     score = chosen.gamma - distance(query[:, :, None], values.pool[:, None])
     weight, _ = negative_weights(score, values.allowed, chosen.weighting)
-    slope = -(weight * torch.sigmoid(score) * values.weight[..., None]) / 2
+    grad_out = -(weight * torch.sigmoid(score) * values.weight[..., None]) / 2
     twin = values.pool.clone().requires_grad_()
-    (distance(query[:, :, None], twin[:, None]) * slope).sum().backward()
+    (distance(query[:, :, None], twin[:, None]) * grad_out).sum().backward()
     torch.testing.assert_close(pool.grad, twin.grad, rtol=1e-5, atol=1e-6)
 
 

@@ -68,9 +68,11 @@ def test_batched_networks_equal_a_loop_of_plain_ones():
     gen = torch.Generator().manual_seed(1)
     view = torch.randn(S, V, D, generator=gen).requires_grad_()
     partner = torch.stack([torch.randperm(V, generator=gen) for _ in PAIRS])
-    slope = torch.randn(2, len(PAIRS), V, generator=gen)
-    joint, marginal = module(view, Shift(partner, partner.argsort(1), torch.ones_like(partner, dtype=torch.bool)), frozen=False)
-    ((joint * slope[0]).sum() + (marginal * slope[1]).sum()).backward()
+    grad_out = torch.randn(2, len(PAIRS), V, generator=gen)
+    joint, marginal = module(
+        view, Shift(partner, partner.argsort(1), torch.ones_like(partner, dtype=torch.bool)), frozen=False
+    )
+    ((joint * grad_out[0]).sum() + (marginal * grad_out[1]).sum()).backward()
 
     view_twin = view.detach().clone().requires_grad_()
     sides = torch.zeros_like(module.sides_SDH)
@@ -80,7 +82,7 @@ def test_batched_networks_equal_a_loop_of_plain_ones():
         marginal_twin = plain(view_twin[left], view_twin[right][partner[p]])
         torch.testing.assert_close(joint[p], joint_twin)
         torch.testing.assert_close(marginal[p], marginal_twin)
-        ((joint_twin * slope[0, p]).sum() + (marginal_twin * slope[1, p]).sum()).backward()
+        ((joint_twin * grad_out[0, p]).sum() + (marginal_twin * grad_out[1, p]).sum()).backward()
         close = {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(module.first_bias_PH.grad[p], plain.first_bias.grad, **close)
         torch.testing.assert_close(module.second_PHH.grad[p], plain.second.grad, **close)
@@ -131,7 +133,9 @@ def test_an_estimate_is_the_bound_of_its_rows(bounded):
         def sides(chosen: list[int], p: int = p, left: int = left, right: int = right) -> tuple[Tensor, Tensor]:
             # The first step standardises with the buffers' start: mean 0, deviation 1.
             partners = chosen[1:] + chosen[:1]
-            return twins[p](view[left, chosen], view[right, chosen]), twins[p](view[left, chosen], view[right, partners])
+            return twins[p](view[left, chosen], view[right, chosen]), twins[p](
+                view[left, chosen], view[right, partners]
+            )
 
         joint, marginal = sides(estimate)
         log_mean_exp = (marginal.clamp(-1.5, 1.5) if bounded else marginal).exp().mean().log()
@@ -268,7 +272,10 @@ def test_the_bound_approaches_the_information_of_gaussians(rho, tolerance):
 
 
 def test_statistics_beyond_the_clip_are_pushed_back():
-    """Where every T lies beyond the clip, raising all of them alike must gain nothing: the bound does not know shifts."""
+    """Where every T lies beyond the clip, raising all of them alike must gain nothing.
+
+    The bound does not know shifts.
+    """
     module = mine([(0, 1)], 2)
     view, present, held_out = random_case()
     with torch.no_grad():
@@ -298,5 +305,7 @@ def test_copies_reach_the_cap_and_not_more():
     assert best > 1.5
     with torch.no_grad():
         module.networks.last_PH.mul_(100)
-    assert module(torch.stack([x, x]), present, held_out, one, True, 10.0).information_P.item() == pytest.approx(math.log(32))
+    assert module(torch.stack([x, x]), present, held_out, one, True, 10.0).information_P.item() == pytest.approx(
+        math.log(32)
+    )
     assert module(torch.stack([x, x]), present, held_out, one, False, 10.0).information_P.item() > math.log(64)

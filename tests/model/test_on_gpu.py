@@ -1,19 +1,21 @@
-"""On a GPU: kernels, loss, experts, estimates and the whole model against the CPU's plain forms, values and gradients."""
+"""On a GPU.
+
+Kernels, loss, experts, estimates and the whole model against the CPU's plain forms, values and gradients.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from plain_settings import FUSION, LOSS, MODEL, WEIGHTING
 from torch import Tensor
 
-from mocme_dist.evaluation.counting import count, count_tiles, target_distances
-from mocme_dist.model.entropy import Weighting
+from mocme_dist.kernels.counting import count, count_tiles, target_distances
+from mocme_dist.kernels.distance import pool_distance
 from mocme_dist.model.experts import Experts
-from mocme_dist.model.fusion import FusionSettings
 from mocme_dist.model.loss import LossSettings, completion_loss
 from mocme_dist.model.mine import Mine, pairs_within
-from mocme_dist.model.mocme import MoCME, ModelSettings, alone
-from mocme_dist.model.pool import pool_distance
+from mocme_dist.model.mocme import MoCME, alone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -28,39 +30,53 @@ def near(found: Tensor, expected: Tensor, digits: float = 1e-5) -> None:
     """Equal up to a share of the largest magnitude."""
     assert found.is_cuda
     assert torch.isfinite(found).all()
-    assert (found.cpu().double() - expected.double()).abs().max() <= digits * expected.double().abs().max().clamp_min(1e-12)
+    assert (found.cpu().double() - expected.double()).abs().max() <= digits * expected.double().abs().max().clamp_min(
+        1e-12
+    )
 
 
-def gradients(query: Tensor, pool: Tensor, slope: Tensor, compiled: bool) -> list[Tensor]:
+def gradients(query: Tensor, pool: Tensor, grad_out: Tensor, compiled: bool) -> list[Tensor]:
     query, pool = query.detach().clone().requires_grad_(), pool.detach().clone().requires_grad_()
     value = pool_distance(query, pool, compiled)
-    (value * slope).sum().backward()
+    (value * grad_out).sum().backward()
     return [value.detach(), query.grad, pool.grad]
 
 
-SHAPES = [(1, 1, 1, 2), (3, 5, 33, 6), (1, 9, 129, 34), (2, 4, 257, 130), (8, 128, 256, 256), (1, 64, 5000, 250), (2, 3, 5, 2500)]
+SHAPES = [
+    (1, 1, 1, 2),
+    (3, 5, 33, 6),
+    (1, 9, 129, 34),
+    (2, 4, 257, 130),
+    (8, 128, 256, 256),
+    (1, 64, 5000, 250),
+    (2, 3, 5, 2500),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_equal_the_plain_form_in_float64(shape):
     G, b, N, D = shape
-    query, pool, slope = normal(G, b, D), normal(G, N, D, seed=1), normal(G, b, N, seed=2)
+    query, pool, grad_out = normal(G, b, D), normal(G, N, D, seed=1), normal(G, b, N, seed=2)
     pool[:, 0] = query[:, 0]  # equal vectors: no direction, and no gradient
     pool[:, -1, : D // 2] = query[:, -1, : D // 2]
-    found = gradients(query.cuda(), pool.cuda(), slope.cuda(), True)
+    found = gradients(query.cuda(), pool.cuda(), grad_out.cuda(), True)
     real, imaginary = query.double().chunk(2, -1)
     z_query = torch.complex(real, imaginary).requires_grad_()
     z_pool = torch.complex(*pool.double().chunk(2, -1)).requires_grad_()
     value = torch.cat([(z_query[:, :, None] - part[:, None]).abs().sum(-1) for part in z_pool.split(64, 1)], -1)
-    (value * slope.double()).sum().backward()
-    for ours, theirs in zip(found, (value.detach(), *(torch.cat([z.grad.real, z.grad.imag], -1) for z in (z_query, z_pool))), strict=True):
+    (value * grad_out.double()).sum().backward()
+    for ours, theirs in zip(
+        found, (value.detach(), *(torch.cat([z.grad.real, z.grad.imag], -1) for z in (z_query, z_pool))), strict=True
+    ):
         near(ours, theirs)
 
 
 def test_there_may_be_more_groups_than_a_launch_takes():
     G = 65_537
-    query, pool, slope = normal(G, 1, 4).cuda(), normal(G, 3, 4, seed=1).cuda(), normal(G, 1, 3, seed=2).cuda()
-    for ours, plain in zip(gradients(query, pool, slope, True), gradients(query, pool, slope, False), strict=True):
+    query, pool, grad_out = normal(G, 1, 4).cuda(), normal(G, 3, 4, seed=1).cuda(), normal(G, 1, 3, seed=2).cuda()
+    for ours, plain in zip(
+        gradients(query, pool, grad_out, True), gradients(query, pool, grad_out, False), strict=True
+    ):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -73,9 +89,11 @@ def test_kernels_pass_on_what_is_not_finite():
 
 
 def test_kernels_are_sound_operators_of_torch():
-    from mocme_dist.model.pool_triton import distance_to_pool
+    from mocme_dist.kernels.distance_triton import distance_to_pool
 
-    torch.library.opcheck(distance_to_pool, (normal(2, 5, 8).cuda().requires_grad_(), normal(2, 9, 8, seed=1).cuda().requires_grad_()))
+    torch.library.opcheck(
+        distance_to_pool, (normal(2, 5, 8).cuda().requires_grad_(), normal(2, 9, 8, seed=1).cuda().requires_grad_())
+    )
 
 
 def loss_of(device: str, settings: LossSettings) -> list[Tensor]:
@@ -101,10 +119,12 @@ def loss_of(device: str, settings: LossSettings) -> list[Tensor]:
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("kind", ["entropy", "self_adversarial", "uniform", "entropy_adversarial", "one_vs_all"])
 def test_loss_equals_the_cpus_plain_form(kind, cuda_graphs):
-    plain = LossSettings(
-        "one_vs_all" if kind == "one_vs_all" else "contrastive", 6.0, Weighting("entropy" if kind == "one_vs_all" else kind)
-    )
-    for found, expected in zip(loss_of("cuda", plain._replace(compiled=True, cuda_graphs=cuda_graphs)), loss_of("cpu", plain), strict=True):
+    plain = LOSS._replace(gamma=6.0, kind="one_vs_all" if kind == "one_vs_all" else "contrastive")
+    if kind != "one_vs_all":
+        plain = plain._replace(weighting=WEIGHTING._replace(kind=kind))
+    for found, expected in zip(
+        loss_of("cuda", plain._replace(compiled=True, cuda_graphs=cuda_graphs)), loss_of("cpu", plain), strict=True
+    ):
         near(found, expected, 2e-4 if "entropy" in kind else 1e-4)
 
 
@@ -131,7 +151,10 @@ WIDTHS = [2, 4, 6, 10, 16, 32, 34, 50, 62, 64, 66, 100, 128, 130, 200, 256, 300,
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_pair_has_the_same_distance_in_a_count_and_alone(width):
-    """Each query's target stands among the rows: it is as near as itself, whatever the place, the numbers of both and where they lie."""
+    """Each query's target stands among the rows.
+
+    It is as near as itself, whatever the place, the numbers of both and where they lie.
+    """
     all_rows, all_queries = normal(5004, width).cuda(), normal(258, width, seed=1).cuda()
     for Q, r, first in ((257, 5003, 0), (256, 4096, 1), (1, 5003, 1), (1, 1, 0), (7, 1, 1)):
         rows, query = all_rows[first : first + r], all_queries[first : first + Q]
@@ -145,7 +168,7 @@ def test_a_pair_has_the_same_distance_in_a_count_and_alone(width):
 
 
 def test_the_kernels_of_a_count_agree_and_nobody_counts_with_those_that_do_not(monkeypatch):
-    from mocme_dist.evaluation import count_triton
+    from mocme_dist.kernels import count_triton
 
     assert all(count_triton.kernels_agree(width, torch.device("cuda", 0)) for width in WIDTHS)
     alone = count_triton.pair_distances
@@ -155,7 +178,8 @@ def test_the_kernels_of_a_count_agree_and_nobody_counts_with_those_that_do_not(m
     rows, query = normal(300, 64).cuda(), normal(20, 64, seed=1).cuda()
     bound = target_distances(query, rows[:20], 64, True)
     assert torch.equal(
-        count(query, bound, rows, NOBODY.cuda(), NOBODY.cuda(), 64, True)[1], torch.ones(20, dtype=torch.int64, device="cuda")
+        count(query, bound, rows, NOBODY.cuda(), NOBODY.cuda(), 64, True)[1],
+        torch.ones(20, dtype=torch.int64, device="cuda"),
     )
 
 
@@ -168,9 +192,7 @@ def test_a_query_that_is_not_finite_ranks_last():
 
 def encoded(device: str, **settings: object) -> list[Tensor]:
     """Vectors, estimates and gradients of a model with two modalities after two training steps' forward passes."""
-    precision = str(settings.get("precision", "float32"))
-    fusion = FusionSettings(hidden=8, precision=precision)
-    wanted = ModelSettings(width=16, num_experts=3, fusion=fusion, **settings)  # type: ignore[arg-type]
+    wanted = MODEL._replace(width=16, num_experts=3, fusion=FUSION._replace(hidden=8), **settings)
     model = MoCME({"structure": 16, "text": 24}, 5, wanted, seed=1).to(device)
     rows = normal(64, 16).to(device).requires_grad_()
     raw = {"structure": rows, "text": normal(64, 24, seed=3).to(device)}
@@ -194,7 +216,9 @@ def test_the_whole_model_equals_the_cpus(compiled):
 
 
 def test_bfloat16_stays_near_float32():
-    for found, expected in zip(encoded("cuda", compiled=True, precision="bfloat16")[:2], encoded("cpu")[:2], strict=True):
+    for found, expected in zip(
+        encoded("cuda", compiled=True, precision="bfloat16")[:2], encoded("cpu")[:2], strict=True
+    ):
         near(found, expected, 0.03)
 
 
@@ -218,11 +242,15 @@ def test_estimates_equal_the_cpus(compiled):
     present[1, ::5] = False
     outputs = []
     for device in ("cuda", "cpu"):
-        mine = Mine(3, pairs_within(1, 3), 16, 8, torch.Generator().manual_seed(0), compiled=compiled and device == "cuda").to(device)
+        mine = Mine(
+            3, pairs_within(1, 3), 16, 8, torch.Generator().manual_seed(0), compiled=compiled and device == "cuda"
+        ).to(device)
         for _ in range(3):
             mine.zero_grad()
             found = mine(views.to(device), present.to(device), held_out.to(device), alone, True, 10.0)
             found.loss.backward()
-        outputs.append([found.information_P, found.loss.detach()[None], *(p.grad for p in mine.parameters()), mine.mean_exp_P])
+        outputs.append(
+            [found.information_P, found.loss.detach()[None], *(p.grad for p in mine.parameters()), mine.mean_exp_P]
+        )
     for found_value, expected in zip(*outputs, strict=True):
         near(found_value, expected, 1e-3)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mocme_dist.errors import ShapeError
-from mocme_dist.model.rotate import Relations, distance, rotate
+from mocme_dist.kernels.distance import distance
+from mocme_dist.model.rotate import Relations, rotate
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,12 +31,12 @@ def test_rotate_is_a_complex_product_and_its_inverse_for_head_queries():
 
 def test_distance_is_the_sum_of_complex_moduli_with_its_gradient():
     query, candidate = normal(4, 3, 8).requires_grad_(), normal(4, 1, 8, seed=1).requires_grad_()
-    slope = normal(4, 3, seed=2)
+    grad_out = normal(4, 3, seed=2)
     found = distance(query, candidate)
-    (found * slope).sum().backward()
+    (found * grad_out).sum().backward()
     plain_query, plain_candidate = (x.detach().double().requires_grad_() for x in (query, candidate))
     expected = (as_complex(plain_query) - as_complex(plain_candidate)).abs().sum(-1)
-    (expected * slope).sum().backward()
+    (expected * grad_out).sum().backward()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(query.grad.double(), plain_query.grad, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(candidate.grad.double(), plain_candidate.grad, rtol=1e-5, atol=1e-5)

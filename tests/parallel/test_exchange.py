@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -30,22 +28,13 @@ def request(rank: int, world: int, num_rows: int, case: str) -> np.ndarray:
 CASES = ("random", "everything", "same row", "one asks", "nothing")
 
 
-def without_memory(comm: Comm) -> Comm:
-    """The same rank among ranks that share no memory: the plain twin."""
-    return dataclasses.replace(comm, swap=None, swap_ahead=None)
-
-
 def check_exchange(comm: Comm, num_rows: int) -> None:
-    assert (comm.swap is None) == (comm.swap_ahead is None) == (comm.world_size == 1)
     for case in CASES:  # one after another: starting ranks costs more than the check
-        got = check_case(comm, num_rows, case)
-        plain = check_case(without_memory(comm), num_rows, case)
-        for mine, theirs in zip(got, plain, strict=True):
-            assert torch.equal(mine, theirs), case
+        check_case(comm, num_rows, case)
 
 
-def check_case(comm: Comm, num_rows: int, case: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exchanged rows are those of one table, and so is the gradient of a weighted sum of cubes; both."""
+def check_case(comm: Comm, num_rows: int, case: str) -> None:
+    """The exchanged rows are those of one table, and so is the gradient of a weighted sum of cubes."""
     gen = torch.Generator().manual_seed(0)
     full_ED = torch.randn(num_rows, 6, generator=gen, dtype=torch.float64).requires_grad_()
     requests = [request(rank, comm.world_size, num_rows, case) for rank in range(comm.world_size)]
@@ -58,7 +47,7 @@ def check_case(comm: Comm, num_rows: int, case: str) -> tuple[torch.Tensor, torc
     mine = asked[(asked >= first) & (asked < last)]
     assert np.array_equal(route.rows_V.numpy() + first, mine)
     leaf_VD = full_ED.detach()[mine].requires_grad_()
-    got_UD = exchange(leaf_VD, route, comm.swap)
+    got_UD = exchange(leaf_VD, route)
     assert torch.equal(got_UD, full_ED.detach()[requests[comm.rank]]), case
     leaving = [np.sum((ids >= first) & (ids < last)) for rank, ids in enumerate(requests) if rank != comm.rank]
     assert route.sent_vectors == sum(leaving)
@@ -67,17 +56,11 @@ def check_case(comm: Comm, num_rows: int, case: str) -> tuple[torch.Tensor, torc
     plain = sum((full_ED[ids].pow(3) * slope).sum() for ids, slope in zip(requests, slopes, strict=True))
     plain.backward()
     torch.testing.assert_close(leaf_VD.grad, full_ED.grad[mine], rtol=1e-14, atol=1e-14)
-    return got_UD.detach(), leaf_VD.grad
 
 
 @pytest.mark.parametrize(("world", "num_rows"), WORLDS)
 def test_exchange_equals_indexing_one_table(run_ranks, world, num_rows):
     run_ranks(world, check_exchange, num_rows)
-
-
-def check_steps_ahead(comm: Comm) -> None:
-    for each in (comm, without_memory(comm)):
-        check_threads(each)
 
 
 def check_threads(comm: Comm) -> None:
@@ -96,20 +79,17 @@ def check_threads(comm: Comm) -> None:
     full_ED = torch.arange(22.0).view(11, 2)
     first, last = partition.bounds(comm.rank)
     for ids, route in zip(requests, routes, strict=True):
-        assert torch.equal(exchange(full_ED[first:last][route.rows_V], route, comm.swap), full_ED[ids])
+        assert torch.equal(exchange(full_ED[first:last][route.rows_V], route), full_ED[ids])
 
 
 def test_routes_are_planned_beside_the_step(run_ranks):
-    run_ranks(3, check_steps_ahead)
-
-
-def check_asked_twice(comm: Comm) -> None:
-    for each in (comm, without_memory(comm)):
-        check_duplicates(each)
+    run_ranks(3, check_threads)
 
 
 def check_duplicates(comm: Comm) -> None:
-    """Were ids asked for more than once, each time would be sent, but the owner would encode once and add the gradients."""
+    """If ids were asked for more than once, each would be sent, but the owner would encode once and add
+    the gradients.
+    """
     partition = RowPartition(11, comm.world_size)
     first, last = partition.bounds(comm.rank)
     full_ED = torch.randn(11, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
@@ -117,7 +97,7 @@ def check_duplicates(comm: Comm) -> None:
     route = plan_route(requests[comm.rank], partition, comm)
     assert len(route.rows_V) == len(route.rows_V.unique()) <= last - first
     leaf_VD = full_ED.detach()[first:last][route.rows_V].requires_grad_()
-    got_UD = exchange(leaf_VD, route, comm.swap)
+    got_UD = exchange(leaf_VD, route)
     assert torch.equal(got_UD, full_ED.detach()[requests[comm.rank]])
     got_UD.pow(3).sum().backward()
     sum(full_ED[ids].pow(3).sum() for ids in requests).backward()
@@ -126,20 +106,29 @@ def check_duplicates(comm: Comm) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_duplicates_are_coalesced_at_the_owner(run_ranks, world):
-    run_ranks(world, check_asked_twice)
+    run_ranks(world, check_duplicates)
 
 
 def check_no_sizes_in_the_step(comm: Comm) -> None:
-    """Forward and backward are one collective each, of vectors alone: who sends how many to whom is known from the route."""
-    import torch.distributed as dist
+    """Forward and backward are one collective each, of vectors alone.
 
-    from mocme_dist.parallel.shared import SharedSwap
+    Who sends how many to whom is known from the route.
+    """
+    import torch.distributed as dist
 
     partition = RowPartition(40, comm.world_size)
     first, last = partition.bounds(comm.rank)
     ids = np.unique(np.random.default_rng(comm.rank).integers(40, size=20))
     calls: list[tuple[str, torch.dtype, bool]] = []
-    names = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
+    names = (
+        "all_to_all_single",
+        "all_reduce",
+        "all_gather",
+        "all_gather_object",
+        "broadcast",
+        "broadcast_object_list",
+        "barrier",
+    )
     originals = {name: getattr(dist, name) for name in names}
 
     def spy(name: str):  # type: ignore[no-untyped-def]
@@ -150,27 +139,16 @@ def check_no_sizes_in_the_step(comm: Comm) -> None:
 
         return call
 
-    def turn(swap: SharedSwap, dtype: torch.dtype) -> list[torch.Tensor]:
-        calls.append(("turn", dtype, swap is comm.swap_ahead))
-        return incoming(swap, dtype)
-
-    incoming, SharedSwap.incoming = SharedSwap.incoming, turn  # type: ignore[method-assign]
     for name in names:
         setattr(dist, name, spy(name))
     try:
         route = plan_route(ids, partition, comm)
-        exchange(torch.randn(last - first, 4)[route.rows_V].requires_grad_(), route, comm.swap).sum().backward()
-        # Ids bring their number with them.
-        assert calls == [("turn", torch.int64, True), ("turn", torch.float32, False), ("turn", torch.float32, False)]
-        calls.clear()
-        route = plan_route(ids, partition, without_memory(comm))
         assert calls == [("all_to_all_single", torch.int64, True)] * 2  # counts and ids, on the group of their own
         calls.clear()
         leaf_VD = torch.randn(last - first, 4)[route.rows_V].requires_grad_()
         exchange(leaf_VD, route).sum().backward()
         assert calls == [("all_to_all_single", torch.float32, False)] * 2
     finally:
-        SharedSwap.incoming = incoming  # type: ignore[method-assign]
         for name, original in originals.items():
             setattr(dist, name, original)
 

@@ -1,4 +1,7 @@
-"""Row optimizers: rounding at random is unbiased and the same at every world size, state is zero pages, blocks do not show."""
+"""Row optimizers.
+
+Rounding at random is unbiased and the same at every world size, state is zero pages, blocks do not show.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from mocme_dist.parallel.table import EntityTable, coalesce
 from mocme_dist.partition import RowPartition
 
 
-def make(partition: RowPartition, rank: int, dtype: torch.dtype = torch.bfloat16, width: int = 6, **settings: object) -> EntityTable:
+def make(
+    partition: RowPartition, rank: int, dtype: torch.dtype = torch.bfloat16, width: int = 6, **settings: object
+) -> EntityTable:
     return EntityTable(partition, rank, width, learning_rate=0.01, seed=3, dtype=dtype, **settings)  # type: ignore[arg-type]
 
 
@@ -56,7 +61,9 @@ def test_what_bfloat16_holds_is_not_rounded():
 def test_bfloat16_rows_are_the_same_bits_at_every_world_size(optimizer):
     whole = make(RowPartition(50, 1), 0, optimizer=optimizer)
     assert whole.rows_rD.dtype == torch.bfloat16 and {value.dtype for value in whole.state.values()} == {torch.float32}
-    parts = {world: [make(RowPartition(50, world), rank, optimizer=optimizer) for rank in range(world)] for world in (2, 3)}
+    parts = {
+        world: [make(RowPartition(50, world), rank, optimizer=optimizer) for rank in range(world)] for world in (2, 3)
+    }
     for step in range(4):
         gen = torch.Generator().manual_seed(step)
         ids, grad = torch.randperm(50, generator=gen)[:30], torch.randn(30, 6, generator=gen)
@@ -82,7 +89,8 @@ def test_updates_below_a_digit_of_bfloat16_count_on_average():
     for _ in range(400):
         table.update(torch.arange(200), grad)
     moved = table.rows_rD.float() - 1.0
-    # 20 digits in all; one row's walk of 400 steps deviates by about sqrt(400 * 0.05) = 4.4 digits, the mean of 1,200 by 0.13.
+    # 20 digits in all; one row's walk of 400 steps deviates by about sqrt(400 * 0.05) = 4.4 digits, the mean of 1,200
+    # by 0.13.
     assert moved.mean().item() / digit == pytest.approx(20, abs=0.7)
     assert torch.equal(table.rows_rD.float(), (table.rows_rD.float() / digit).round() * digit)
 
@@ -119,7 +127,10 @@ def test_auto_is_adam_for_small_graphs_and_one_number_a_row_for_large_ones():
 
 def test_rows_of_several_parts_are_added_once_each():
     gen = torch.Generator().manual_seed(0)
-    touched = [(torch.tensor(rows), torch.randn(len(rows), 3, generator=gen, dtype=torch.float64)) for rows in ([4, 1], [1, 7, 4], [9])]
+    touched = [
+        (torch.tensor(rows), torch.randn(len(rows), 3, generator=gen, dtype=torch.float64))
+        for rows in ([4, 1], [1, 7, 4], [9])
+    ]
     rows, grad = coalesce(touched)
     plain = torch.zeros(10, 3, dtype=torch.float64)
     for part, value in touched:

@@ -65,7 +65,9 @@ def test_adam_equals_torch_adam_where_all_rows_are_touched(weight_decay):
         adam.step()
     torch.testing.assert_close(table.rows_rD.double(), plain.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(table.state["first_moment"].double(), adam.state[plain]["exp_avg"], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(table.state["second_moment"].double(), adam.state[plain]["exp_avg_sq"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        table.state["second_moment"].double(), adam.state[plain]["exp_avg_sq"], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_adagrad_equals_its_formula_with_one_number_a_row():

@@ -48,7 +48,7 @@ def test_what_is_like_nothing_has_no_suggestion(tmp_path):
     with pytest.raises(ConfigError, match="known are alpha, beta"):
         names.id_of("qqqq")
     upper = names_of(tmp_path / "u.parquet", ["Abba", "ABBA"])
-    with pytest.raises(ConfigError, match="did you mean 'ABBA', 'Abba'"):
+    with pytest.raises(ConfigError, match="2 entities are called abba: 'Abba', 'ABBA'; use one of these ids"):
         upper.id_of("abba")
 
 

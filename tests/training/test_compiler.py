@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import sysconfig
@@ -10,12 +11,13 @@ import sysconfig
 import pytest
 import torch
 from tiny_run import tiny_config
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.utils import clear_caches
 
-from mocme_dist.config import load_config
 from mocme_dist.errors import ConfigError
 from mocme_dist.parallel.comm import communication
-from mocme_dist.training import monitor
-from mocme_dist.training.worker import Worker, open_dataset, use_compiler
+from mocme_dist.training import build
+from mocme_dist.training.build import build_worker, compiler_fails, open_dataset, use_compiler
 
 CPU = torch.device("cpu")
 
@@ -35,25 +37,45 @@ def test_what_is_missing_is_named_and_auto_goes_on_without(monkeypatch, tmp_path
     assert missing in caplog.text and "plain form" in caplog.text
 
 
+@pytest.mark.parametrize("when", ["at once", pytest.param("at the first graph", marks=pytest.mark.slow)])
+def test_a_compiler_that_fails_is_quoted_and_auto_goes_on_without(monkeypatch, tmp_path, caplog, when):
+    # torch compiles to find out what the CPU can, and keeps it: not by a compiler that fails, for the tests to come.
+    pick_vec_isa()
+    script = "case $1 in *version) exec /usr/bin/g++ $1;; esac\n"  # torch asks for it
+    script += "" if when == "at once" else "case $3 in -c) exit 0;; esac\n"
+    (tmp_path / "g++").write_text(f"#!/bin/sh\n{script}echo 'fatal error: cannot execute cc1plus' >&2\nexit 1\n")
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch.compiler.reset()
+    clear_caches()  # what an earlier test of this process compiled
+    compiler_fails.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=r"compile: on, but the compiler fails \(fatal error: .* cc1plus\); "):
+            use_compiler("on", CPU)
+        with caplog.at_level(logging.WARNING):
+            assert not use_compiler("auto", CPU)
+        assert [record.getMessage() for record in caplog.records if "cc1plus" in record.getMessage()] == [
+            "the compiler fails (fatal error: cannot execute cc1plus): the loss runs in its plain form, "
+            "about a hundred times slower"
+        ]
+    finally:
+        compiler_fails.cache_clear()
+        torch.compiler.reset()
+
+
 def test_a_machine_that_has_all_compiles(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name, **_: f"/usr/bin/{name}")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(build, "compiler_fails", lambda _: None)
     assert use_compiler("auto", CPU) and use_compiler("on", CPU)
 
 
 def test_cuda_graphs_without_a_gpu_are_refused(featured_dataset, tmp_path):
     config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]", "train.cuda_graphs=true")
-    with communication(60) as comm, pytest.raises(ConfigError, match=r"train.cuda_graphs: needs a GPU and compile=on; .*set it to false"):
-        Worker(config, open_dataset(config), comm)
-
-
-def test_who_has_amx_is_told_what_is_faster_unless_it_is_set(monkeypatch):
-    advised = lambda *settings: monitor.advice(load_config([], list(settings)), CPU)  # noqa: E731
-    monkeypatch.setattr(monitor, "has_amx", lambda: False)
-    assert advised() is None
-    monkeypatch.setattr(monitor, "has_amx", lambda: True)
-    assert "train.precision=bfloat16x3 mine.precision=bfloat16x3" in advised()
-    for setting in ("mine.precision=bfloat16", "deepspeed.bf16=true", "compile=off", "deepspeed.stage=3"):
-        assert advised(setting) is None, setting
-    assert monitor.advice(load_config([], []), torch.device("cuda")) is None
+    with (
+        communication(60) as comm,
+        pytest.raises(ConfigError, match=r"train.cuda_graphs: needs a GPU and compile=on; .*set it to auto or false"),
+    ):
+        build_worker(config, open_dataset(config.data), comm)

@@ -7,19 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from plain_settings import MODEL
 from tiny_run import tiny_config
 
-from mocme_dist.evaluation.protocol import split_queries
-from mocme_dist.evaluation.ranking import RowShard, rank_queries
+from mocme_dist.evaluation.ranking import RowShard, rank_queries, split_queries
 from mocme_dist.parallel.comm import Comm
+from mocme_dist.training.build import build_worker, open_dataset
 from mocme_dist.training.encode import EntityEncoder
-from mocme_dist.training.worker import Worker, open_dataset
 
 
 def rank_both(comm: Comm, dataset: Path, run_dir: Path, block_rows: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Body of one rank: ranks from vectors held whole, ranks from pieces of one block, and how many pieces there were."""
+    """Body of one rank.
+
+    Ranks from vectors held whole, ranks from pieces of one block, and how many pieces there were.
+    """
     config = tiny_config(dataset, run_dir, f"evaluation.encode_rows={block_rows}", "modalities=[structure, numeric]")
-    worker = Worker(config, open_dataset(config), comm)
+    worker = build_worker(config, open_dataset(config.data), comm)
     worker.model.eval()
     queries, known = split_queries(worker.dataset.triples("test")), worker.dataset.known("all")
     inputs = lambda rows: worker.with_rows(worker.features(rows), worker.table.rows_rD[rows])  # noqa: E731
@@ -34,7 +37,8 @@ def rank_both(comm: Comm, dataset: Path, run_dir: Path, block_rows: int) -> tupl
     ids = np.arange(worker.dataset.num_entities)
     assert torch.equal(lazy.pick(ids), whole.pick(ids))
     ranks = [
-        rank_queries(queries, worker.model.relations, vectors, known, comm, query_block=16, tile_rows=24) for vectors in (whole, encoder())
+        rank_queries(queries, worker.model.relations, vectors, known, comm, query_block=16, tile_rows=24)
+        for vectors in (whole, encoder())
     ]
     return ranks[0], ranks[1], lazy.num_pieces
 
@@ -56,13 +60,16 @@ def test_a_rank_without_rows_has_as_many_pieces(run_ranks, featured_dataset):
 
 
 def count_pieces(comm: Comm) -> int:
-    from mocme_dist.model.mocme import MoCME, ModelSettings
+    from mocme_dist.model.mocme import MoCME
     from mocme_dist.partition import RowPartition
     from mocme_dist.training.step import EntityInput
 
-    model = MoCME({"structure": 4}, 1, ModelSettings(width=4, num_experts=1)).eval()
+    model = MoCME({"structure": 4}, 1, MODEL._replace(width=4, num_experts=1)).eval()
     rows_rD = torch.ones(5, 4)
-    inputs = lambda rows: EntityInput({"structure": rows_rD[rows]}, torch.ones(1, len(rows), dtype=torch.bool), rows % 2 == 1)  # noqa: E731
+
+    def inputs(rows):
+        return EntityInput({"structure": rows_rD[rows]}, torch.ones(1, len(rows), dtype=torch.bool), rows % 2 == 1)
+
     # Two rows on the first two ranks, one on the last; blocks of one row.
     encoder = EntityEncoder(model, inputs, RowPartition(5, comm.world_size), comm.rank, 1, 1, comm.device)
     pieces = list(encoder.pieces())

@@ -1,4 +1,7 @@
-"""The engines: DeepSpeed at every stage gives the losses and the states of its plain twin, and resumes from any other's."""
+"""The engines.
+
+DeepSpeed at every stage gives the losses and the states of its plain twin, and resumes from any other's.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 
 from mocme_dist.config.schema import DeepSpeedConfig
 from mocme_dist.errors import CheckpointError, ConfigError
-from mocme_dist.training.engine import Engine, make_engine
+from mocme_dist.training.deepspeed_engine import make_engine
+from mocme_dist.training.engine import Engine
 
 # How the dense part may be held: engine, ZeRO stage, bf16.
 FLOAT = [("torch", 0, False), *(("deepspeed", stage, False) for stage in range(4))]
@@ -22,7 +26,10 @@ STEPS, SAMPLES = 5, 6
 
 
 class Tiny(nn.Module):
-    """Odd sizes, so that no stage divides them evenly; a parameter that every other step reaches; a buffer that bf16 would cut."""
+    """Odd sizes, so that no stage divides them evenly; a parameter that every other step reaches.
+
+    A buffer that bf16 would cut.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,9 +50,11 @@ def make(comm: Any, kind: tuple[str, int, bool], clip: float = 0.0, parts: int =
     module = Tiny()
     slow = [p for name, p in module.named_parameters() if name.startswith("second")]
     fast = [p for name, p in module.named_parameters() if not name.startswith("second")]
-    groups = [{"params": fast, "lr": 0.05}, {"params": slow, "lr": 0.01}]
+    groups: list[dict[str, Any]] = [{"params": fast, "lr": 0.05}, {"params": slow, "lr": 0.01, "scheduled": False}]
     engine, stage, bf16 = kind
-    config: dict[str, Any] = {"engine": "deepspeed", "offload_optimizer": "cpu"} if engine == "offload" else {"engine": engine}
+    config: dict[str, Any] = (
+        {"engine": "deepspeed", "offload_optimizer": "cpu"} if engine == "offload" else {"engine": engine}
+    )
     config |= {"stage": stage, "bf16": bf16, "gradient_accumulation_steps": parts}
     return make_engine(module, groups, clip, DeepSpeedConfig(**config), comm)
 
@@ -57,12 +66,18 @@ def forward(engine: Engine, comm: Any, step: int) -> tuple[Tensor, Tensor]:
     return rows_VD, engine(rows_VD, step % 2 == 0) * comm.world_size
 
 
+def update(engine: Engine, outside: float = 0.0, finite: bool = True) -> float:
+    """The engine's step; the factor of its gradients."""
+    return float(engine.step(torch.tensor(outside, dtype=torch.float64), torch.tensor(finite)))
+
+
 def take_step(engine: Engine, comm: Any, step: int) -> float:
     """One step; the global loss before it. The engine leaves the rank's own rows as they are."""
     rows_VD, loss = forward(engine, comm, step)
     before = rows_VD.detach().clone()
     engine.backward(loss)
-    assert engine.step()
+    engine.scale_rates(1 / (1 + step))
+    assert update(engine)
     assert torch.equal(rows_VD, before) and rows_VD.grad is not None and bool(rows_VD.grad.abs().sum() > 0)
     return float(comm.sum(loss)) / comm.world_size
 
@@ -88,7 +103,10 @@ def check_losses(comm: Any, kinds: list[tuple[str, int, bool]]) -> tuple[list[li
 
 
 def check_resume(comm: Any, kinds: list[tuple[str, int, bool]], tolerance: float) -> None:
-    """A state taken after two steps, loaded into a new engine of every kind before its first step: the rest is as it was."""
+    """A state taken after two steps, loaded into a new engine of every kind before its first step.
+
+    The rest is as it was.
+    """
     for saved_as in kinds:
         source = make(comm, saved_as)
         for step in range(2):
@@ -117,22 +135,22 @@ def check_skips(comm: Any, kinds: list[tuple[str, int, bool]]) -> None:
         # The caller found something not finite elsewhere: gradients are there and must go.
         _, loss = forward(engine, comm, 90)
         engine.backward(loss)
-        engine.skip()
+        assert not update(engine, finite=False)
         assert_states_equal(before, engine.state(), rtol=0, atol=0)
         # What lies outside is not finite, or a later part of the step.
         _, loss = forward(engine, comm, 92)
         engine.backward(loss)
-        assert engine.step(math.nan) == 0
+        assert not update(engine, math.nan)
         engine.backward(forward(engine, comm, 93)[1], last=False)
         engine.backward(forward(engine, comm, 94)[1] * (math.inf if comm.rank == 0 else 1))
-        engine.skip()
+        assert not update(engine, finite=False)
         assert_states_equal(before, engine.state(), rtol=0, atol=0)
         # One rank's gradient is not finite: all ranks refuse.
         rows_VD, loss = forward(engine, comm, 91)
         if comm.rank == comm.world_size - 1:
             loss = loss * float("inf") + (rows_VD * 0).sum()
         engine.backward(loss)
-        assert not engine.step()
+        assert not update(engine)
         assert_states_equal(before, engine.state(), rtol=0, atol=0)
         for step in range(2, STEPS):
             assert take_step(engine, comm, step) == take_step(undisturbed, comm, step), kind
@@ -140,7 +158,10 @@ def check_skips(comm: Any, kinds: list[tuple[str, int, bool]]) -> None:
 
 
 def check_parts_and_outside(comm: Any, kinds: list[tuple[str, int, bool]]) -> None:
-    """Parts of a step add up to the whole, and clipping is by the norm with what lies outside; the plain engine is first."""
+    """Parts of a step add up to the whole, and clipping is by the norm with what lies outside.
+
+    The plain engine is first.
+    """
     states = []
     for kind in kinds:
         whole, cut = make(comm, kind, clip=0.5), make(comm, kind, clip=0.5, parts=2)
@@ -148,10 +169,10 @@ def check_parts_and_outside(comm: Any, kinds: list[tuple[str, int, bool]]) -> No
         for step in range(3):
             outside = 0.7 * step
             whole.backward(forward(whole, comm, step)[1] + forward(whole, comm, step + 50)[1])
-            expected = whole.step(outside)
+            expected = update(whole, outside)
             cut.backward(forward(cut, comm, step)[1], last=False)
             cut.backward(forward(cut, comm, step + 50)[1], last=True)
-            factor = cut.step(outside)
+            factor = update(cut, outside)
             assert 0 < factor < 1 and factor == pytest.approx(expected, rel=bound), kind
             assert factor == pytest.approx(0.5 / math.hypot(cut.gradient_norm(), outside), rel=1e-5)
         tolerance = {"rtol": 2 * bound, "atol": 2 * bound} if kind[2] else {"rtol": 1e-5, "atol": 1e-6}
@@ -203,6 +224,22 @@ def test_losses_states_and_resumed_losses_are_equal_at_every_stage(run_ranks, wo
         for got in bf16:
             assert got == pytest.approx(expected, rel=0.05)
         assert_states_equal(final, state, rtol=1e-5, atol=1e-6)
+
+
+def check_rates(comm: Any) -> None:
+    """Adam's first step is as long as the rate: the scheduled group's is scaled, the other one's is not."""
+    engine = make(comm, FLOAT[0])
+    before = engine.state()
+    engine.scale_rates(0.1)
+    engine.backward(forward(engine, comm, 0)[1])
+    assert update(engine)
+    moved = {name: float((value - before[name]).abs().max()) for name, value in engine.state().items()}
+    assert moved["value/first.weight"] == pytest.approx(0.005, rel=1e-3)
+    assert moved["value/second.weight"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_factor_scales_the_rates_of_scheduled_groups_only(run_ranks):
+    run_ranks(1, check_rates)
 
 
 def reference(comm: Any) -> tuple[list[float], dict[str, Tensor]]:

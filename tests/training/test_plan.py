@@ -1,9 +1,13 @@
-"""The plan says what a run needs before it starts: exactly what stays, within 15 % of the measured peak, and what is sent."""
+"""The plan says what a run needs before it starts.
+
+Exactly what stays, within 15 % of the measured peak, and what is sent.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,16 +17,16 @@ from tiny_run import tiny_config
 
 from mocme_dist import cluster
 from mocme_dist import train as command
-from mocme_dist.batching.loader import DEPTH
 from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.config import Config, load_config
 from mocme_dist.data.dataset import Dataset
-from mocme_dist.errors import ConfigError
+from mocme_dist.errors import ConfigError, DataError
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.partition import RowPartition
+from mocme_dist.prefetch import DEPTH
 from mocme_dist.training import plan as planning
+from mocme_dist.training.build import build_worker, open_dataset
 from mocme_dist.training.plan import Node, Plan, check_plan, count_requests, exchange_bytes, make_plan
-from mocme_dist.training.worker import Worker, open_dataset
 from tools.bench.rank import measure_ranks
 from tools.synthetic.packed import write_packed
 from tools.synthetic.planted import Planted
@@ -31,13 +35,13 @@ GIB = 1 << 30
 
 
 def plan_for(config: Config, world_size: int) -> Plan:
-    return make_plan(config, open_dataset(config), world_size, under_ray=False)
+    return make_plan(config, open_dataset(config.data), world_size, under_ray=False)
 
 
 def rank_bytes(comm: Comm, dataset: Path, run_dir: Path, optimizer: str) -> dict[str, Any]:
     """Body of one rank: bytes that its worker holds, and what its first routes send."""
     config = tiny_config(dataset, run_dir, "modalities=[structure, numeric]", f"entities.optimizer={optimizer}")
-    worker = Worker(config, open_dataset(config), comm)
+    worker = build_worker(config, open_dataset(config.data), comm)
     routes = [part.route for step in range(3) for part in worker.prepare(step)]
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     store = worker.stores["numeric"]
@@ -47,21 +51,37 @@ def rank_bytes(comm: Comm, dataset: Path, run_dir: Path, optimizer: str) -> dict
         "features: numeric": size([store._values, store._present, store._index]),
         "dense": sum(p.numel() for p in worker.model.parameters()),
         "steps": worker.maker.sampler.steps_per_epoch,
-        "wanted": [sum(route.wanted_counts) for route in routes],
+        "wanted": [sum(route.recv_counts) for route in routes],
         "asked": [len(route.rows_V) for route in routes],
         "sent": [route.sent_vectors for route in routes],
     }
 
 
+@pytest.mark.parametrize("wrong", [{"width": -3}, {"width": "many"}, {"present": -1}, {"dtype": "int4"}])
+def test_a_damaged_manifest_of_features_is_refused_in_one_line(featured_dataset, tmp_path, wrong):
+    data = shutil.copytree(featured_dataset, tmp_path / "data")
+    manifest = data / "features" / "numeric" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **wrong}))
+    config = tiny_config(data, tmp_path / "run", "modalities=[structure, numeric]")
+    with pytest.raises(
+        DataError, match=f"numeric/manifest.json: {next(iter(wrong))}: .*; run python -m mocme_dist.extract"
+    ):
+        plan_for(config, 1)
+
+
 @pytest.mark.parametrize(("world", "optimizer"), [(1, "adam"), (2, "adagrad"), (3, "adam")])
 def test_what_stays_and_what_is_asked_for_is_exact(run_ranks, featured_dataset, tmp_path, world, optimizer):
     found = run_ranks(world, rank_bytes, featured_dataset, tmp_path / "run", optimizer)
-    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]", f"entities.optimizer={optimizer}")
+    config = tiny_config(
+        featured_dataset, tmp_path / "run", "modalities=[structure, numeric]", f"entities.optimizer={optimizer}"
+    )
     plan = plan_for(config, world)
     for part in ("rows", "rows: optimizer"):
         assert plan.resident[part] == max(rank[part] for rank in found), part
     # Who has a modality is a random share of a rank's rows: its values differ by a few rows from the mean.
-    assert plan.resident["features: numeric"] == pytest.approx(max(rank["features: numeric"] for rank in found), rel=0.3)
+    assert plan.resident["features: numeric"] == pytest.approx(
+        max(rank["features: numeric"] for rank in found), rel=0.3
+    )
     assert plan.resident["batches: features made ahead"] == 0
     assert plan.dense_parameters == found[0]["dense"] and plan.steps_per_epoch == found[0]["steps"]
     assert vars(plan.requests) == {name: max(max(rank[name]) for rank in found) for name in ("wanted", "asked", "sent")}
@@ -71,36 +91,18 @@ def test_what_stays_and_what_is_asked_for_is_exact(run_ranks, featured_dataset, 
 def bytes_ahead(comm: Comm, dataset: Path, run_dir: Path) -> int:
     """Body of one rank: features of as many of its largest batches as wait."""
     config = tiny_config(dataset, run_dir, "modalities=[structure, numeric]", "features.residency=mmap")
-    worker = Worker(config, open_dataset(config), comm)
-    known = [part.known for step in range(3) for part in worker.prepare(step)]
+    worker = build_worker(config, open_dataset(config.data), comm)
+    known = [part.entities for step in range(3) for part in worker.prepare(step)]
     return (DEPTH + 1) * max(entities.raw["numeric"].nbytes for entities in known if entities)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_features_made_ahead_are_counted(run_ranks, featured_dataset, tmp_path, world):
     found = run_ranks(world, bytes_ahead, featured_dataset, tmp_path / "run")
-    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]", "features.residency=mmap")
+    config = tiny_config(
+        featured_dataset, tmp_path / "run", "modalities=[structure, numeric]", "features.residency=mmap"
+    )
     assert plan_for(config, world).resident["batches: features made ahead"] == max(found) > 0
-
-
-def through_memory(comm: Comm, worker: Worker, route: Any) -> list[int]:
-    """The same, where the ranks share memory."""
-    from mocme_dist.parallel.exchange import exchange
-    from mocme_dist.parallel.shared import SharedSwap
-
-    sent, outgoing = [], SharedSwap.outgoing
-
-    def counted(swap: Any, counts: Any, dtype: Any) -> list[Any]:
-        rooms = outgoing(swap, counts, dtype)
-        sent.append(sum(room.nbytes for room in rooms))
-        return rooms
-
-    SharedSwap.outgoing = counted  # type: ignore[method-assign]
-    try:
-        exchange(worker.table.gather(route.rows_V), route, comm.swap).sum().backward()
-    finally:
-        SharedSwap.outgoing = outgoing  # type: ignore[method-assign]
-    return sent
 
 
 def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
@@ -108,7 +110,7 @@ def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
     import torch.distributed as dist
 
     config = tiny_config(dataset, run_dir, "modalities=[structure]")
-    worker = Worker(config, open_dataset(config), comm)
+    worker = build_worker(config, open_dataset(config.data), comm)
     route = worker.prepare(0)[0].route
     sent = []
     original = dist.all_to_all_single
@@ -125,10 +127,9 @@ def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
         exchange(rows_VD, route).sum().backward()
     finally:
         dist.all_to_all_single = original
-    assert through_memory(comm, worker, route) == sent
     assert len(sent) == 2 and sent[0] == exchange_bytes(route.sent_vectors, worker.table.width)
     # Gradients go the other way: what came in goes back.
-    assert sent[1] == exchange_bytes(sum(route.wanted_counts) - route.wanted_counts[comm.rank], worker.table.width)
+    assert sent[1] == exchange_bytes(sum(route.recv_counts) - route.recv_counts[comm.rank], worker.table.width)
     return sent[0]
 
 
@@ -136,42 +137,12 @@ def moved_bytes(comm: Comm, dataset: Path, run_dir: Path) -> int:
 def test_bytes_on_the_wire_are_those_of_the_formula(run_ranks, featured_dataset, tmp_path, monkeypatch, world):
     found = run_ranks(world, moved_bytes, featured_dataset, tmp_path / "run")
     config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]")
-    dataset = open_dataset(config)
+    dataset = open_dataset(config.data)
     sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
     monkeypatch.setattr(planning, "_COUNTED_STEPS", 1)  # the one step that was measured
     requests = count_requests(config, dataset, sampler, RowPartition(dataset.num_entities, world))
     assert exchange_bytes(requests.sent, config.experts.width) == max(found) > 0
     assert plan_for(config, world).wire["fused vectors"] == exchange_bytes(requests.sent, config.experts.width)
-
-
-def largest_sum(comm: Comm, dataset: Path, run_dir: Path) -> int:
-    """Body of one rank: bytes of the largest sum that a ranking makes through memory."""
-    from mocme_dist.parallel.shared import SharedSwap
-
-    worker = Worker(tiny_config(dataset, run_dir, "modalities=[structure]"), open_dataset(tiny_config(dataset, run_dir)), comm)
-    found, plain = [], SharedSwap.sum
-
-    def counted(swap: Any, value: Any) -> Any:
-        found.append(value.nbytes)
-        return plain(swap, value)
-
-    SharedSwap.sum = counted  # type: ignore[method-assign]
-    try:
-        for split in ("valid", "test"):
-            worker.evaluate(split)
-    finally:
-        SharedSwap.sum = plain  # type: ignore[method-assign]
-    return max(found)
-
-
-def test_memory_that_rankings_share_is_counted(run_ranks, featured_dataset, tmp_path, monkeypatch):
-    found = max(run_ranks(2, largest_sum, featured_dataset, tmp_path / "run"))
-    # Without dense gradients, which are larger here; DeepSpeed's take another way.
-    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]", "deepspeed.engine=deepspeed")
-    assert plan_for(config, 2).resident["exchange: shared memory"] == 2 * 2 * found
-    assert plan_for(config, 1).resident["exchange: shared memory"] == 0
-    monkeypatch.setattr(planning, "SUM_BYTES", found - 1)  # then it is a sum of the group
-    assert 0 < plan_for(config, 2).resident["exchange: shared memory"] < 4 * found
 
 
 def test_what_cannot_fit_is_refused_with_numbers_and_what_to_change(featured_dataset, tmp_path):
@@ -180,12 +151,15 @@ def test_what_cannot_fit_is_refused_with_numbers_and_what_to_change(featured_dat
     check_plan(plan, config, [Node("one", 3, 3 * plan.peak)])
     check_plan(plan, config, [Node("one", 2, 9 * plan.peak), Node("two", 1, plan.peak)])
     with pytest.raises(
-        ConfigError, match=r"plan: 3 rank\(s\) need .* MiB each \(process .*\), but only 2 fit \(one: .* for 3\); .* saves up to"
+        ConfigError,
+        match=r"plan: 3 rank\(s\) need .* MiB each \(process .*\), but only 2 fit \(one: .* for 3\); .* saves up to",
     ):
         check_plan(plan, config, [Node("one", 3, 3 * plan.peak - 1)])
     with pytest.raises(ConfigError, match=r"entities.optimizer=adagrad saves up to"):
         check_plan(
-            Plan(**{**vars(plan), "resident": {**plan.resident, "rows": GIB, "rows: optimizer": 2 * GIB}}), config, [Node("one", 3, GIB)]
+            Plan(**{**vars(plan), "resident": {**plan.resident, "rows": GIB, "rows: optimizer": 2 * GIB}}),
+            config,
+            [Node("one", 3, GIB)],
         )
 
 
@@ -198,8 +172,15 @@ def test_train_refuses_before_anything_starts(featured_dataset, tmp_path, monkey
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_command_prints_a_table_and_one_json_object_and_starts_nothing(featured_dataset, tmp_path, monkeypatch, capsys):
-    settings = [f"data.dataset={featured_dataset}", f"run.dir={tmp_path / 'run'}", "launch.workers=4", "modalities=[structure, numeric]"]
+def test_the_command_prints_a_table_and_one_json_object_and_starts_nothing(
+    featured_dataset, tmp_path, monkeypatch, capsys
+):
+    settings = [
+        f"data.dataset={featured_dataset}",
+        f"run.dir={tmp_path / 'run'}",
+        "launch.workers=4",
+        "modalities=[structure, numeric]",
+    ]
     monkeypatch.setattr("sys.argv", ["train", "--plan", "--set", *settings])
     command.main()
     *table, last = capsys.readouterr().out.strip().splitlines()
@@ -218,7 +199,9 @@ def test_memory_that_is_free_is_that_of_this_machine():
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """200,000 entities and three modalities: the rows, features and a step all weigh."""
-    return write_packed(tmp_path_factory.mktemp("planted") / "data", Planted(200_000, 300_000, valid=0.001, test=0.001), 65536)
+    return write_packed(
+        tmp_path_factory.mktemp("planted") / "data", Planted(200_000, 300_000, valid=0.001, test=0.001), 65536
+    )
 
 
 SHAPES = {
@@ -233,7 +216,9 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_peak_is_within_15_percent_of_the_measured_one(planted, tmp_path, shape):
     world, settings = SHAPES[shape]
-    settings = ["deepspeed.engine=torch", "evaluation.query_block=64", f"data.dataset={planted.directory}", *settings]
+    # What is measured ranks by the model alone.
+    settings = ["deepspeed.engine=torch", "evaluation.query_block=64", "evidence.spaces=[]", *settings]
+    settings = [f"data.dataset={planted.directory}", *settings]
     plan = plan_for(command.resolve_paths(load_config([], ["launch.mode=local", *settings])), world)
 
     def measure() -> float:
@@ -248,12 +233,15 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(planted, tmp_path, sh
 
 
 def test_ranks_without_a_chunk_are_told_with_the_batch_that_gives_them_one(featured_dataset, tmp_path):
-    config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]", "train.batch_size=64", "negatives.chunk_size=16")
+    config = tiny_config(
+        featured_dataset, tmp_path / "run", "modalities=[structure]", "train.batch_size=64", "negatives.chunk_size=16"
+    )
     assert plan_for(config, 4).notes == ()
     (note,) = plan_for(config, 5).notes
     assert "4 chunk(s) of 16 queries for 5 ranks" in note and "train.batch_size to 80" in note
     (note,) = plan_for(
-        config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"gradient_accumulation_steps": 2})}), 3
+        config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"gradient_accumulation_steps": 2})}),
+        3,
     ).notes
     assert "3 ranks in 2 parts each" in note and "train.batch_size to 96" in note
 
@@ -261,7 +249,28 @@ def test_ranks_without_a_chunk_are_told_with_the_batch_that_gives_them_one(featu
 def test_the_plan_that_the_clusters_readme_shows_has_the_lines_of_today(featured_dataset, tmp_path):
     text = (Path(__file__).resolve().parents[2] / "cluster" / "README.md").read_text()
     block = text[text.index("memory of a rank:") : text.index("```", text.index("memory of a rank:"))]
-    shown = {re.sub(r"features: \w+", "features", line[:36].strip()) for line in block.splitlines() if not line.startswith("note: ")}
+    shown = {
+        re.sub(r"features: \w+", "features", line[:36].strip())
+        for line in block.splitlines()
+        if not line.startswith("note: ")
+    }
     config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]")
     lines = list(plan_for(config, 2).lines())[2:]
     assert shown == {re.sub(r"features: \w+", "features", line[:36].strip()) for line in lines}
+
+
+def test_evidence_adds_memory_and_time_and_is_left_out_where_it_takes_too_long(featured_dataset, tmp_path):
+    def plan(*more: str):
+        config = tiny_config(featured_dataset, tmp_path, "modalities=[structure, numeric]", *more)
+        return make_plan(config, Dataset.open(str(config.data.dataset)), 1, under_ray=False)
+
+    without, with_it, late = (
+        plan(),
+        plan("evidence.spaces=auto"),
+        plan("evidence.spaces=auto", "evidence.max_minutes=1e-12"),
+    )
+    assert without.evidence_s == late.evidence_s == 0 < with_it.evidence_s
+    assert with_it.passing["a ranking"] > without.passing["a ranking"] == late.passing["a ranking"]
+    assert any("evidence of neighbours: about" in line for line in with_it.lines())
+    assert not any("evidence" in note for note in (*without.notes, *with_it.notes))
+    assert any("evidence.spaces=auto leaves evidence out" in note for note in late.notes)

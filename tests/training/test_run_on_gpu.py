@@ -12,16 +12,18 @@ import tiny_run
 import torch
 
 from mocme_dist.config import dump_config
+from mocme_dist.kernels.row_update import row_update
 from mocme_dist.parallel import comm
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
 from mocme_dist.train import train
-from mocme_dist.training.row_update import row_update
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 MODALITIES = "modalities=[structure, numeric]"
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed here")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed here"
+)
 
 
 def run(dataset, path, *overrides: str) -> dict[int, float]:
@@ -33,15 +35,17 @@ def run(dataset, path, *overrides: str) -> dict[int, float]:
 def on_cpu(featured_dataset, tmp_path_factory) -> dict[int, float]:
     """Losses of the plain form on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm, "pick_device", lambda: torch.device("cpu"))
+        patch.setattr(comm, "pick_device", lambda *_: torch.device("cpu"))
         return run(featured_dataset, tmp_path_factory.mktemp("cpu") / "run")
 
 
 CASES = {
     "plain": ("compile=off",),
-    "compiled": ("compile=on",),
-    "graphs": ("compile=on", "train.cuda_graphs=true"),
-    "device": ("compile=on", "features.residency=device"),
+    "compiled": ("compile=on", "train.one_graph=false", "train.cuda_graphs=false"),
+    "recorded loss": ("compile=on", "train.one_graph=false", "train.cuda_graphs=true"),
+    "one graph": ("compile=on", "train.one_graph=true", "train.cuda_graphs=false"),
+    "recorded step": ("compile=on", "train.one_graph=true", "train.cuda_graphs=true", "mine.every=2"),
+    "device": ("compile=on", "train.one_graph=true", "features.residency=device"),
     "mmap": ("compile=off", "features.residency=mmap"),
     "zero": ("compile=off", "entities.sharding=zero"),
 }
@@ -61,7 +65,13 @@ def test_losses_are_the_cpus(case, featured_dataset, tmp_path, on_cpu):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_deepspeed_trains_on_a_gpu(stage, precision, featured_dataset, tmp_path, on_cpu):
-    how = (MODALITIES, "train.log_every=1", "deepspeed.engine=deepspeed", f"deepspeed.stage={stage}", f"train.precision={precision}")
+    how = (
+        MODALITIES,
+        "train.log_every=1",
+        "deepspeed.engine=deepspeed",
+        f"deepspeed.stage={stage}",
+        f"train.precision={precision}",
+    )
     config = tiny_run.tiny_config(featured_dataset, tmp_path / "run", *how, "compile=on")
     (tmp_path / "config.yaml").write_text(dump_config(config))
     # A process of its own: DeepSpeed does not start twice in one once its group is gone.
@@ -84,7 +94,9 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_were_not(featured_dataset, tmp_
 
 
 def test_rows_of_bfloat16_and_adagrad(featured_dataset, tmp_path):
-    found = run(featured_dataset, tmp_path / "run", "entities.dtype=bfloat16", "entities.optimizer=adagrad", "compile=on")
+    found = run(
+        featured_dataset, tmp_path / "run", "entities.dtype=bfloat16", "entities.optimizer=adagrad", "compile=on"
+    )
     assert found[max(found)] < found[min(found)]
 
 

@@ -19,10 +19,13 @@ from mocme_dist.config.schema import DeepSpeedConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
+from mocme_dist.runs.checkpoints import Checkpoints
+from mocme_dist.runs.saver import Saver
+from mocme_dist.runs.task import run_training
 from mocme_dist.training import checkpoint
-from mocme_dist.training.engine import make_engine
+from mocme_dist.training.build import build_worker
+from mocme_dist.training.deepspeed_engine import make_engine
 from mocme_dist.training.engine_rows import EngineRows, row_parameter
-from mocme_dist.training.loop import run_training
 from mocme_dist.training.step import train_step
 from mocme_dist.training.worker import Worker
 
@@ -35,7 +38,7 @@ STEPS = 3
 
 
 def make_worker(comm: Any, dataset: Path, *overrides: str) -> Worker:
-    return Worker(tiny_config(dataset, dataset / "unused", *UNIFORM, *overrides), Dataset.open(dataset), comm)
+    return build_worker(tiny_config(dataset, dataset / "unused", *UNIFORM, *overrides), Dataset.open(dataset), comm)
 
 
 def everything(worker: Worker) -> dict[str, torch.Tensor]:
@@ -53,11 +56,14 @@ def take_step(worker: Worker, step: int, bad_part: int | None = None, where: str
             parts[bad_part] = bad._replace(batch=replace(bad.batch, weight_Gb=bad.batch.weight_Gb * math.nan))
         else:
             bad.rows_VD.register_hook(lambda grad: grad * math.nan)
-    return train_step(worker.engine, worker.table, parts, worker.comm, estimate=True, stop=False, timer=worker.timer)
+    return train_step(worker.engine, worker.table, parts, worker.comm, worker.tally, estimate=True, timer=worker.timer)
 
 
 def rows_stay_their_own(comm: Any, dataset: Path, kinds: list[tuple[str, ...]]) -> list[torch.Tensor]:
-    """After initialize and after each step a shard is its rank's: only asked rows move, float32 to the bit. All rows of each kind."""
+    """After initialize and after each step a shard is its rank's: only asked rows move, float32 to the bit.
+
+    All rows of each kind.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     found = []
     for kind in kinds:
@@ -73,13 +79,18 @@ def rows_stay_their_own(comm: Any, dataset: Path, kinds: list[tuple[str, ...]]) 
             assert not take_step(worker, step).skipped
             assert table.rows_rD.dtype == torch.float32
             assert (table.rows_rD[asked] != before[asked]).any(1).all(), kind
-            assert torch.equal(table.rows_rD[others], before[others]) and torch.equal(table.state["first_moment"][others], moments[others])
+            assert torch.equal(table.rows_rD[others], before[others]) and torch.equal(
+                table.state["first_moment"][others], moments[others]
+            )
         found.append(torch.cat([torch.from_numpy(rows) for rows in comm.gather(table.rows_rD.numpy())]))
     return found
 
 
 def bad_steps_move_nothing(comm: Any, dataset: Path, kinds: list[tuple[str, ...]]) -> None:
-    """A loss, or a gradient of rows, that is not finite on one rank, in any part of a step: all ranks skip, to the bit."""
+    """A loss, or a gradient of rows, that is not finite on one rank, in any part of a step.
+
+    All ranks skip, to the bit.
+    """
     for kind in kinds:
         undisturbed, worker = make_worker(comm, dataset, *kind), make_worker(comm, dataset, *kind)
         for each in (undisturbed, worker):
@@ -101,7 +112,9 @@ def rows_and_faults(comm: Any, dataset: Path) -> list[torch.Tensor]:
     found = rows_stay_their_own(comm, dataset, [PLAIN, *STAGES, *BF16])
     cut = "deepspeed.gradient_accumulation_steps=2"
     kinds = [PLAIN, *STAGES, BF16[1], BF16[3]]
-    bad_steps_move_nothing(comm, dataset, [(*kind, cut) for kind in kinds] + [(*kind, ZERO) for kind in (PLAIN, STAGES[0], *STAGES[2:])])
+    bad_steps_move_nothing(
+        comm, dataset, [(*kind, cut) for kind in kinds] + [(*kind, ZERO) for kind in (PLAIN, STAGES[0], *STAGES[2:])]
+    )
     return found
 
 
@@ -132,7 +145,7 @@ def resume(comm: Any, dataset: Path, source: Path, target: Path, *overrides: str
     """Go on at step 9 of `source` in another way than the one that saved it."""
     if comm.rank == 0:
         shutil.copytree(source, target)
-        checkpoint.rewind(target / "checkpoints", "9")
+        Checkpoints(target).rewind("9")
     comm.barrier()
     go(comm, dataset, target, *overrides)
 
@@ -157,7 +170,9 @@ def check_both_ways(folder: Path, mrr: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_table_in_the_plain_engine_trains_as_rows_do_where_every_step_touches_all(run_ranks, featured_dataset, tmp_path, world):
+def test_a_table_in_the_plain_engine_trains_as_rows_do_where_every_step_touches_all(
+    run_ranks, featured_dataset, tmp_path, world
+):
     check_both_ways(tmp_path, run_ranks(world, both_ways, featured_dataset, tmp_path, [PLAIN])[0])
 
 
@@ -188,7 +203,9 @@ def make_holder(comm: Any, kind: tuple[str, int, bool]) -> EngineRows:
     module = Holder(partition)
     groups = [{"params": list(module.out.parameters()), "lr": 0.01}, {"params": [module.rows.weight], "lr": 0.05}]
     engine, stage, bf16 = kind
-    config: dict[str, Any] = {"engine": "deepspeed", "offload_optimizer": "cpu"} if engine == "offload" else {"engine": engine}
+    config: dict[str, Any] = (
+        {"engine": "deepspeed", "offload_optimizer": "cpu"} if engine == "offload" else {"engine": engine}
+    )
     made = make_engine(module, groups, 0.3, DeepSpeedConfig(**config, stage=stage, bf16=bf16), comm, "rows.weight")
     return EngineRows(made, module.rows, partition, comm.rank)
 
@@ -198,18 +215,29 @@ def holder_step(table: EngineRows, comm: Any, step: int) -> float:
     ids = torch.randperm(ROWS, generator=torch.Generator().manual_seed(step))[:6]
     loss = table.engine(ids[comm.rank :: comm.world_size]) * comm.world_size
     table.engine.backward(loss)
-    assert table.engine.step()
-    table.update(ids, loss)
+    factor = table.engine.step(torch.zeros((), dtype=torch.float64), torch.tensor(True))
+    assert factor > 0
+    table.update(ids, loss, factor)
     return float(comm.sum(loss)) / comm.world_size
 
 
-HOLDERS = [("torch", 0, False), *(("deepspeed", stage, False) for stage in range(4)), ("offload", 2, False), ("offload", 3, False)]
+HOLDERS = [
+    ("torch", 0, False),
+    *(("deepspeed", stage, False) for stage in range(4)),
+    ("offload", 2, False),
+    ("offload", 3, False),
+]
 HOLDERS_BF16 = [("deepspeed", 2, True), ("deepspeed", 3, True)]
 
 
 def all_rows(comm: Any, table: Any) -> dict[str, np.ndarray]:
-    pieces = comm.gather((table.first, {"rows": table.rows_rD.numpy(), **{name: value.numpy() for name, value in table.state.items()}}))
-    return {name: np.concatenate([piece[name] for _, piece in sorted(pieces, key=lambda pair: pair[0])]) for name in pieces[0][1]}
+    pieces = comm.gather(
+        (table.first, {"rows": table.rows_rD.numpy(), **{name: value.numpy() for name, value in table.state.items()}})
+    )
+    return {
+        name: np.concatenate([piece[name] for _, piece in sorted(pieces, key=lambda pair: pair[0])])
+        for name in pieces[0][1]
+    }
 
 
 def write_holders(comm: Any, folder: Path, kinds: list[tuple[str, int, bool]]) -> dict[str, Any]:
@@ -226,7 +254,7 @@ def write_holders(comm: Any, folder: Path, kinds: list[tuple[str, int, bool]]) -
         comm.barrier()
         dense = table.engine.state()
         assert not [name for name in dense if "rows" in name]
-        checkpoint.save(path, 2, table, dense, {"metric": None, "identity": {}}, comm, 2)
+        Saver(Checkpoints(path), 2, comm).save(2, table, dense, {"metric": None, "identity": {}})
         sizes = comm.gather(table.rows_rD.numel())
         assert sum(sizes) == ROWS * WIDTH and max(sizes) <= -(-ROWS // comm.world_size) * WIDTH
         out[path.name] = (all_rows(comm, table), holder_step(table, comm, 2))
@@ -234,10 +262,13 @@ def write_holders(comm: Any, folder: Path, kinds: list[tuple[str, int, bool]]) -
 
 
 def read_holders(comm: Any, folder: Path, kinds: list[tuple[str, int, bool]], written: dict[str, Any]) -> None:
-    """Every kind reads every checkpoint: the rows to the bit, and the loss of the next step; so does a row-sharded table."""
+    """Every kind reads every checkpoint: the rows to the bit, and the loss of the next step.
+
+    So does a row-sharded table.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name, (rows, loss) in written.items():
-        saved = checkpoint.agree(folder / name, "auto", comm)
+        saved = Checkpoints(folder / name).find(comm=comm)
         assert saved is not None
         plain = EntityTable(RowPartition(ROWS, comm.world_size), comm.rank, WIDTH, seed=9)
         checkpoint.load_rows(saved, plain)
@@ -267,5 +298,7 @@ def test_checkpoints_of_a_table_in_the_engine_are_read_by_every_stage_and_number
         bound = 0.1 if "True" in name else 1e-5
         assert loss == pytest.approx(expected[1], rel=bound), name
         assert all(np.allclose(rows[key], expected[0][key], rtol=0, atol=bound) for key in rows), name
-    some = {name: written[name] for name in ("torch-0-False", "deepspeed-1-False", "deepspeed-3-False", "deepspeed-3-True")}
+    some = {
+        name: written[name] for name in ("torch-0-False", "deepspeed-1-False", "deepspeed-3-False", "deepspeed-3-True")
+    }
     run_ranks(3, read_holders, tmp_path, [HOLDERS[0], HOLDERS[3], HOLDERS[4], HOLDERS_BF16[1]], some)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from tiny_run import losses, tiny_config
 
+from mocme_dist.runs.checkpoints import Checkpoints
+from mocme_dist.runs.task import run_evaluation, run_training
 from mocme_dist.training import checkpoint
-from mocme_dist.training.loop import run_evaluation, run_training
 
-MODEL = ("modalities=[structure, numeric]", "mine.every=2", "train.gradient_clipping=0.5", "train.epochs=2")
+RATES = ("train.schedule=cosine", "train.warmup_steps=3", "relations.learning_rate=0.03")
+MODEL = ("modalities=[structure, numeric]", "mine.every=2", "train.gradient_clipping=0.5", "train.epochs=2", *RATES)
 PLAIN = ("deepspeed.engine=torch",)
 STAGES = [("deepspeed.engine=deepspeed", f"deepspeed.stage={stage}") for stage in range(4)]
 BF16 = ("deepspeed.engine=deepspeed", "deepspeed.stage=2", "deepspeed.bf16=true")
@@ -28,7 +30,10 @@ def go(comm: Any, dataset: Path, folder: Path, *overrides: str) -> dict[str, Any
 
 
 def body(comm: Any, dataset: Path, folder: Path) -> list[dict[str, Any]]:
-    """Every engine from the start; then each from the middle of the plain run; one launch, as DeepSpeed costs seconds to import."""
+    """Every engine from the start; then each from the middle of the plain run.
+
+    One launch, as DeepSpeed costs seconds to import.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     reports = [go(comm, dataset, folder / "plain", *PLAIN)]
     for number, stage in enumerate(STAGES):
@@ -38,7 +43,7 @@ def body(comm: Any, dataset: Path, folder: Path) -> list[dict[str, Any]]:
         target = folder / f"resumed{number}"
         if comm.rank == 0:
             shutil.copytree(folder / "plain", target)
-            checkpoint.rewind(target / "checkpoints", "9")
+            Checkpoints(target).rewind("9")
         comm.barrier()
         reports.append(go(comm, dataset, target, *stage))
     reports.append(go(comm, dataset, folder / "bf16", *BF16))
@@ -58,8 +63,10 @@ def test_every_stage_trains_saves_and_resumes_as_the_plain_engine(run_ranks, fea
     assert losses(tmp_path / "bf16") == pytest.approx(expected, rel=0.1)
     for report in others[:-1]:
         assert report["mrr"] == pytest.approx(plain["mrr"], rel=1e-3)
-    newest = [checkpoint.find(tmp_path / name / "checkpoints", "18") for name in ("plain", "stage3")]
+    newest = [Checkpoints(tmp_path / name).find("18") for name in ("plain", "stage3")]
     left, right = (checkpoint.load_dense(saved) for saved in newest if saved is not None)
     assert left.keys() == right.keys()
     for name, value in left.items():
-        torch.testing.assert_close(value, right[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, right[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )

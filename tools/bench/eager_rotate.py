@@ -47,7 +47,9 @@ class EagerRotatE(nn.Module):
         scores = self.score(against, self.entity[negative])  # type: ignore[arg-type]
         return self.loss(self.score(query, self.entity[target]), scores, torch.ones_like(scores, dtype=torch.bool))
 
-    def shared(self, source: Tensor, relation: Tensor, sign: Tensor, target: Tensor, pool: Tensor, allowed: Tensor) -> Tensor:
+    def shared(
+        self, source: Tensor, relation: Tensor, sign: Tensor, target: Tensor, pool: Tensor, allowed: Tensor
+    ) -> Tensor:
         """Loss of (G, b) queries whose chunk shares a pool (G, N)."""
         query = self.query(source, relation, sign)
         against = tuple(part[:, :, None] for part in query)

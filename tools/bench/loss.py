@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 
 import torch
 
-from mocme_dist.model.loss import LossSettings, completion_loss
-from mocme_dist.model.pool import pool_distance
+from mocme_dist.config import Config
+from mocme_dist.kernels import distance
+from mocme_dist.kernels.distance import pool_distance
+from mocme_dist.model.loss import completion_loss
+from mocme_dist.training.build import loss_settings
 from tools.bench.common import DEVICE, ceilings, finish, measure, peak_added_mb, replayed_ms, row
 
 
@@ -38,7 +42,8 @@ def make_batch(queries: int, negatives: int, width: int, chunk: int) -> dict[str
 
 def run(batch: dict[str, torch.Tensor], compiled: bool, graphs: bool = False) -> tuple[torch.Tensor, ...]:
     """Loss and gradients of one batch."""
-    loss, _ = completion_loss(**batch, settings=LossSettings(compiled=compiled, cuda_graphs=graphs))  # type: ignore[arg-type]
+    settings = loss_settings(Config(), compiled)._replace(cuda_graphs=graphs)
+    loss, _ = completion_loss(**batch, settings=settings)
     leaves = [value for value in batch.values() if value.requires_grad]
     return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
@@ -53,7 +58,9 @@ def peak_extra_mb(args: argparse.Namespace, compiled: bool) -> float:
     command = [sys.executable, "-m", "tools.bench.loss", "--child", str(int(compiled))]
     for name in ("queries", "negatives", "width", "chunk"):
         command += [f"--{name}", str(getattr(args, name))]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    return float(
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    )
 
 
 def child(args: argparse.Namespace) -> None:
@@ -66,14 +73,33 @@ def child(args: argparse.Namespace) -> None:
     print(json.dumps(peak_added_mb(lambda: run(batch, compiled))))
 
 
-def kernel_rows(batch: dict[str, torch.Tensor], roots_per_s: float, name: str = "") -> list[dict[str, object]]:
-    """On CUDA: the kernels of distances alone, in one recorded graph, and their share of the rate of square roots.
+def against_compile(batch: dict[str, torch.Tensor], repeats: int) -> tuple[bool, list[dict[str, object]]]:
+    """On a CPU: distances and their gradients by distance.cpp against torch.compile alone, in turns.
 
-    One root a complex number of a pair forward, two backward.
+    Whether they agree.
     """
     query_GbD, pool_GND = batch["source_GbD"].detach().requires_grad_(), batch["pool_GND"].detach().requires_grad_()
+    slope_GbN = torch.randn(*query_GbD.shape[:2], pool_GND.shape[1])
+    compiled = distance._compiled_distance()
+
+    def gradients(distances: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (distances.detach(), *torch.autograd.grad(distances, (query_GbD, pool_GND), slope_GbN))
+
+    forms = {
+        "pool_cpp": lambda: gradients(pool_distance(query_GbD, pool_GND, True)),
+        "pool_compile": lambda: gradients(compiled(query_GbD, pool_GND)),
+    }
+    parity = close(forms["pool_cpp"](), forms["pool_compile"]())
+    turns = [{name: measure(form, 0, 1)[0] for name, form in forms.items()} for _ in range(repeats + 2)][2:]
+    ms = {name: statistics.median(turn[name] for turn in turns) for name in forms}
+    rows = [row("pool_over_compile", ms["pool_compile"] / ms["pool_cpp"], "x, distances and gradients alone")]
+    return parity, rows + [row(f"{name}_ms", value, "ms") for name, value in ms.items()]
+
+
+def kernel_rows(batch: dict[str, torch.Tensor], name: str = "") -> list[dict[str, object]]:
+    """On CUDA: the kernels of distances alone, in one recorded graph."""
+    query_GbD, pool_GND = batch["source_GbD"].detach().requires_grad_(), batch["pool_GND"].detach().requires_grad_()
     slope_GbN = torch.randn(*query_GbD.shape[:2], pool_GND.shape[1], device=DEVICE)
-    rows, roots = [], slope_GbN.numel() * query_GbD.shape[2] // 2
 
     def forward() -> torch.Tensor:
         return pool_distance(query_GbD.detach(), pool_GND.detach(), True)
@@ -81,14 +107,8 @@ def kernel_rows(batch: dict[str, torch.Tensor], roots_per_s: float, name: str = 
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(pool_distance(query_GbD, pool_GND, True), (query_GbD, pool_GND), slope_GbN)
 
-    for part, function, factor in (("distance", forward, 1), ("distance_and_gradients", both, 3)):
-        ms = replayed_ms(function)
-        bar = ">= 0.6" if name and factor == 3 else ""
-        rows += [
-            row(f"{name}{part}_ms", ms, "ms"),
-            row(f"{name}{part}_fraction", factor * roots / ms * 1e3 / roots_per_s, "of the rate of roots", bar),
-        ]
-    return rows
+    parts = (("distance", forward), ("distance_and_gradients", both))
+    return [row(f"{name}{part}_ms", replayed_ms(function), "ms") for part, function in parts]
 
 
 def main() -> None:
@@ -121,16 +141,22 @@ def main() -> None:
     extra = {}
     if DEVICE.type == "cuda":
         extra["ceilings"] = ceilings(repeats)
-        rows += kernel_rows(batch, extra["ceilings"]["root_gop_per_s"] * 1e9)
+        rows += kernel_rows(batch)
         graphs_ms, _ = measure(lambda: run(batch, True, True), 5, 20)
-        rows += [row("graphs_speedup", eager_ms / graphs_ms, "x, train.cuda_graphs", ">= 20"), row("graphs_ms", graphs_ms, "ms")]
+        rows += [
+            row("graphs_speedup", eager_ms / graphs_ms, "x, train.cuda_graphs", ">= 20"),
+            row("graphs_ms", graphs_ms, "ms"),
+        ]
         large = make_batch(8 * args.queries, 4 * args.negatives, args.width, 4 * args.chunk)
         large_ms = {compiled: measure(lambda how=compiled: run(large, how), 3, 10)[0] for compiled in (True, False)}  # type: ignore[misc]
         rows += [
             row("large_speedup", large_ms[False] / large_ms[True], "x, B x 8, N x 4, chunk x 4", ">= 20"),
             row("large_compiled_ms", large_ms[True], "ms"),
         ]
-        rows += kernel_rows(large, extra["ceilings"]["root_gop_per_s"] * 1e9, "large_")
+        rows += kernel_rows(large, "large_")
+    elif distance.has_kernels("cpu"):
+        same, more = against_compile(batch, repeats)
+        parity, rows = parity and same, rows + more
     shapes = {"B": args.queries, "N": args.negatives, "D": args.width, "chunk": args.chunk}
     finish("loss", parity, rows, shapes=shapes, **extra)
 

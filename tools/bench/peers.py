@@ -1,20 +1,21 @@
 """Against others, on the same threads in one run: `python -m tools.bench.peers [--quick] [--data DIR]`.
 
-Unit of training: queries a second, each with N negatives scored, which is what PyKEEN counts as triples (it corrupts one
-side of each positive). Shapes: B 1024, N 256, D 256 real numbers (128 complex), 15,000 entities, 169 relations, float32,
-margin 12, self-adversarial weights, Adam.
+Unit of training: queries a second, each with N negatives scored, which is what PyKEEN counts as triples (it corrupts
+one side of each positive). Shapes: B 1024, N 256, D 256 real numbers (128 complex), 15,000 entities, 169 relations,
+float32, margin 12, self-adversarial weights, Adam.
 
 - pykeen_step: PyKEEN 1.11's RotatE in its own sLCWA training loop as shipped (basic sampler, N corruptions of its own
   for each triple) against ours; ours is a whole iteration of `Training.train`, structure only.
-- eager_shared_step: the original RotatE code's formulation with negatives shared by a chunk, eager; `eager_per_triple_step`
+- eager_shared_step: the original RotatE code's formulation with negatives shared by a chunk, eager;
+`eager_per_triple_step`
   is its published form. Both get their batches for nothing and spend no time on sampling.
 - mocme_vs_best_rotate: step time of the fastest of these others over that of full MoCME (3 modalities, K 3, MINE on),
   all float32; `mocme_bfloat16_vs_best_rotate`: our products in bfloat16, theirs as they are.
 - pykeen_ranking: filtered ranking of DB15K's test triples with the same random embeddings: PyKEEN's evaluator in
   batches of 32, with the faster of its own RotatE distance and the published sum of moduli, against `rank_queries`.
 
-Parity: losses and gradients of the shared eager form and ours on one batch; ranks of PyKEEN (sum of moduli) and ours, where
-two float32 kernels may order candidates differently only within 1e-5 of the target's distance.
+Parity: losses and gradients of the shared eager form and ours on one batch; ranks of PyKEEN (sum of moduli) and ours,
+where two float32 kernels may order candidates differently only within 1e-5 of the target's distance.
 """
 
 from __future__ import annotations
@@ -27,17 +28,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mocme_dist.config import load_config
 from mocme_dist.data.known import KnownAnswers
-from mocme_dist.evaluation.protocol import split_queries
-from mocme_dist.evaluation.ranking import Queries, RowShard, rank_queries
-from mocme_dist.model.entropy import Weighting
-from mocme_dist.model.loss import LossSettings, completion_loss
+from mocme_dist.evaluation.ranking import Queries, RowShard, rank_queries, split_queries
+from mocme_dist.model.loss import completion_loss
 from mocme_dist.parallel.comm import communication
-from mocme_dist.training.worker import Worker, open_dataset
+from mocme_dist.training.build import build_worker, loss_settings, open_dataset
+from mocme_dist.training.worker import Worker
 from tools.bench import pykeen_peer
 from tools.bench.common import DEVICE, finish, measure, row, spread
 from tools.bench.eager_rotate import EagerRotatE
-from tools.bench.workload import BFLOAT16, FULL, RELATIONS, STRUCTURE_ONLY, make_graph, step_config, timed_steps, use_all_cores
+from tools.bench.workload import (
+    BFLOAT16,
+    FULL,
+    RELATIONS,
+    STRUCTURE_ONLY,
+    make_graph,
+    step_config,
+    timed_steps,
+    use_all_cores,
+)
 
 QUERIES, NEGATIVES, WIDTH, GAMMA = 1024, 256, 256, 12.0
 WIDTHS = {"text": 384, "numeric": 128}
@@ -74,7 +84,7 @@ def same_loss(model: EagerRotatE, given: Batch) -> bool:
     theirs.backward()
     rows_ED, phase_RC = (value.detach().clone().requires_grad_() for value in (model.entity, model.phase))
     vectors = rows_ED[given.source], phase_RC[given.relation], given.sign, rows_ED[given.target], rows_ED[given.pool]
-    settings = LossSettings("contrastive", GAMMA, Weighting("self_adversarial"), True)
+    settings = loss_settings(load_config([], [f"rotate.gamma={GAMMA}", "negatives.weighting=self_adversarial"]), True)
     ours, _ = completion_loss(*vectors, given.allowed, given.batch.weight_Gb, settings)
     ours = ours / given.batch.total
     ours.backward()
@@ -90,17 +100,23 @@ def training_rows(folder: Path, repeats: int) -> tuple[bool, list[dict[str, obje
     low = timed_steps(step_config(dataset, folder / "bfloat16", *FULL, *BFLOAT16), repeats, 6)
     print(f"ours: {spread(ours.step_s)[0]:.4f} s and, full, {spread(full.step_s)[0]:.4f} s a step", flush=True)
     config = step_config(dataset, folder / "batch", *STRUCTURE_ONLY)
-    worker = Worker(config, open_dataset(config), _alone())
+    worker = build_worker(config, open_dataset(config.data), _alone())
     given = Batch(worker)
     model = EagerRotatE(worker.table.rows_rD * 14 / WIDTH, worker.model.relations.phase_RC, GAMMA)
     parity = same_loss(model, given)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     source, relation, sign, target = (value.reshape(-1) for value in given.queries())
-    shared_ms, _ = measure(lambda: optimizer_step(model, optimizer, model.shared(*given.queries(), given.pool, given.allowed)), 2, repeats)
-    per_triple_ms, _ = measure(lambda: optimizer_step(model, optimizer, model.per_triple(source, relation, sign, target, given.own)), 1, 5)
+    shared_ms, _ = measure(
+        lambda: optimizer_step(model, optimizer, model.shared(*given.queries(), given.pool, given.allowed)), 2, repeats
+    )
+    per_triple_ms, _ = measure(
+        lambda: optimizer_step(model, optimizer, model.per_triple(source, relation, sign, target, given.own)), 1, 5
+    )
     print(f"eager: {shared_ms:.0f} ms shared, {per_triple_ms:.0f} ms per triple", flush=True)
     triples_T3 = np.asarray(worker.dataset.triples("train"))[: (repeats + 3) * QUERIES]
-    pykeen_s = pykeen_peer.train_steps(triples_T3, worker.dataset.num_entities, RELATIONS, QUERIES, NEGATIVES, WIDTH, 3, GAMMA)
+    pykeen_s = pykeen_peer.train_steps(
+        triples_T3, worker.dataset.num_entities, RELATIONS, QUERIES, NEGATIVES, WIDTH, 3, GAMMA
+    )
     step_s, full_s, theirs_s = spread(ours.step_s)[0], spread(full.step_s)[0], spread(pykeen_s)[0]
     best_s = min(theirs_s, shared_ms / 1e3, per_triple_ms / 1e3)
     return parity, [
@@ -167,7 +183,9 @@ def ranking_rows(folder: Path, repeats: int, num_triples: int) -> tuple[bool, li
     sample, few = split_queries(test[:1024]), test[:num_triples]
 
     def rank(queries: Queries) -> np.ndarray:
-        return rank_queries(queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, _alone(), compiled=True)
+        return rank_queries(
+            queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, _alone(), compiled=True
+        )
 
     ours_ms, ours_p90 = measure(lambda: rank(sample), 2, repeats)
     ours_per_s = len(sample.source) / ours_ms * 1e3
@@ -194,7 +212,9 @@ def main() -> None:
     """Parse, check parity, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--data", type=Path, default=DB15K, help="raw folder of DB15K; without it the ranking is left out")
+    parser.add_argument(
+        "--data", type=Path, default=DB15K, help="raw folder of DB15K; without it the ranking is left out"
+    )
     args = parser.parse_args()
     use_all_cores()
     repeats = 5 if args.quick else 20
@@ -205,7 +225,12 @@ def main() -> None:
             parity, rows = parity and same, rows + more
         else:
             print(f"{args.data}: no such folder, pykeen_ranking is left out")
-    finish("peers", parity, rows, shapes={"B": QUERIES, "N": NEGATIVES, "D": WIDTH, "entities": 15_000, "threads": torch.get_num_threads()})
+    finish(
+        "peers",
+        parity,
+        rows,
+        shapes={"B": QUERIES, "N": NEGATIVES, "D": WIDTH, "entities": 15_000, "threads": torch.get_num_threads()},
+    )
 
 
 if __name__ == "__main__":

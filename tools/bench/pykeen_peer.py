@@ -39,14 +39,23 @@ class _Marks(TrainingCallback):
 
 
 def train_steps(
-    triples_T3: np.ndarray, num_entities: int, num_relations: int, queries: int, negatives: int, width: int, warmup: int, gamma: float
+    triples_T3: np.ndarray,
+    num_entities: int,
+    num_relations: int,
+    queries: int,
+    negatives: int,
+    width: int,
+    warmup: int,
+    gamma: float,
 ) -> list[float]:
     """Seconds of each training step of PyKEEN's RotatE in its own loop: sampling, forward, backward, Adam, constraints.
 
     One epoch of `triples_T3`; self-adversarial loss, `negatives` corrupted triples for each positive one, float32 and
     width / 2 complex numbers, so as many parameters as a width of real numbers.
     """
-    factory = CoreTriplesFactory.create(torch.from_numpy(triples_T3), num_entities=num_entities, num_relations=num_relations)
+    factory = CoreTriplesFactory.create(
+        torch.from_numpy(triples_T3), num_entities=num_entities, num_relations=num_relations
+    )
     loss = NSSALoss(margin=gamma, adversarial_temperature=1.0)
     model = RotatE(triples_factory=factory, embedding_dim=width // 2, loss=loss, random_seed=0).to(DEVICE)
     loop = SLCWATrainingLoop(
@@ -57,7 +66,15 @@ def train_steps(
         negative_sampler_kwargs={"num_negs_per_pos": negatives},
     )
     marks = _Marks()
-    loop.train(triples_factory=factory, num_epochs=1, batch_size=queries, use_tqdm=False, callbacks=marks, drop_last=True, pin_memory=False)
+    loop.train(
+        triples_factory=factory,
+        num_epochs=1,
+        batch_size=queries,
+        use_tqdm=False,
+        callbacks=marks,
+        drop_last=True,
+        pin_memory=False,
+    )
     return np.diff(marks.at)[warmup:].tolist()
 
 
@@ -71,11 +88,17 @@ class SumOfModuli(RotatEInteraction):
 
 def make_model(z_ED: Tensor, phase_RC: Tensor, triples_T3: np.ndarray, published: bool) -> ERModel:
     """A model that holds these embeddings, with the published distance or with PyKEEN's own."""
-    factory = CoreTriplesFactory.create(torch.from_numpy(triples_T3), num_entities=len(z_ED), num_relations=len(phase_RC))
+    factory = CoreTriplesFactory.create(
+        torch.from_numpy(triples_T3), num_entities=len(z_ED), num_relations=len(phase_RC)
+    )
     z_ED, phase_RC = z_ED.cpu(), phase_RC.cpu()
     entities, relations = torch.complex(*z_ED.chunk(2, -1)), torch.polar(torch.ones_like(phase_RC), phase_RC)
     given = [
-        {"shape": (value.shape[1],), "dtype": torch.cfloat, "initializer": PretrainedInitializer(torch.view_as_real(value))}
+        {
+            "shape": (value.shape[1],),
+            "dtype": torch.cfloat,
+            "initializer": PretrainedInitializer(torch.view_as_real(value)),
+        }
         for value in (entities, relations)
     ]
     return ERModel(
@@ -87,7 +110,10 @@ def make_model(z_ED: Tensor, phase_RC: Tensor, triples_T3: np.ndarray, published
 
 
 def evaluate(model: ERModel, test_T3: np.ndarray, known_T3: np.ndarray, batch_size: int) -> tuple[float, np.ndarray]:
-    """(seconds, ranks) of PyKEEN's filtered evaluator on both sides of every triple; ranks are tail, head, tail, head ..."""
+    """(seconds, ranks) of PyKEEN's filtered evaluator on both sides of every triple.
+
+    Ranks are tail, head, tail, head ...
+    """
     evaluator = RankBasedEvaluator(filtered=True, clear_on_finalize=False)
     start = time.perf_counter()
     evaluator.evaluate(

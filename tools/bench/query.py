@@ -1,4 +1,6 @@
-"""How long a question takes: a bundle of 5e6 x 256 against one pass over its bytes, a small graph, and the command's start.
+"""How long a question takes.
+
+A bundle of 5e6 x 256 against one pass over its bytes, a small graph, and the command's start.
 
     python -m tools.bench.query [--quick] [--dtype float16]
 
@@ -27,9 +29,9 @@ from numpy.typing import NDArray
 from mocme_dist.data.known import KnownAnswers
 from mocme_dist.data.tensors import write_tensors
 from mocme_dist.data.vocabulary import write_names
-from mocme_dist.serving import kernel
+from mocme_dist.kernels import scan
 from mocme_dist.serving.bundle import Bundle
-from mocme_dist.serving.layout import FORMAT, MANIFEST, part_name
+from mocme_dist.serving.bundle_format import CARD, FORMAT, MANIFEST, file_entries, part_name
 from mocme_dist.serving.predict import Question, predict
 from tools.bench.common import finish, measure, row
 
@@ -45,14 +47,24 @@ def make_bundle(folder: Path, num_entities: int, width: int, dtype: str) -> Bund
     part_rows = min(1 << 16, num_entities)
     for part, first in enumerate(range(0, num_entities, part_rows)):
         n = min(part_rows, num_entities - first)
-        write_tensors(folder / part_name("vectors", part), {"vectors": gen.standard_normal((n, width), np.float32).astype(dtype)}, {})
+        write_tensors(
+            folder / part_name("vectors", part),
+            {"vectors": gen.standard_normal((n, width), np.float32).astype(dtype)},
+            {},
+        )
         write_tensors(folder / part_name("modalities", part), {"weights": np.ones((n, 1), np.float32)}, {})
-    write_tensors(folder / "relations.safetensors", {"phases": gen.uniform(-3, 3, (RELATIONS, width // 2)).astype(np.float32)}, {})
+    write_tensors(
+        folder / "relations.safetensors", {"phases": gen.uniform(-3, 3, (RELATIONS, width // 2)).astype(np.float32)}, {}
+    )
     write_names(folder / "entities.parquet", [f"entity number {number}".encode() for number in range(num_entities)])
     write_names(folder / "relations.parquet", [f"relation {number}".encode() for number in range(RELATIONS)])
     head, tail = gen.integers(num_entities, size=(2, 4 * num_entities))
     triples = np.stack([head, gen.integers(RELATIONS, size=len(head)), tail], axis=1)
-    KnownAnswers.build(triples, RELATIONS).save(folder, "all")
+    known = KnownAnswers.build(triples, RELATIONS)
+    none = KnownAnswers.build(triples[:0], RELATIONS)
+    for name, answers in (("all", known), ("train", known), ("valid", none), ("test", none)):
+        answers.save(folder, name)
+    (folder / CARD).write_text("# Random vectors\n")
     manifest = {
         "format": FORMAT,
         "kind": "bundle",
@@ -64,8 +76,8 @@ def make_bundle(folder: Path, num_entities: int, width: int, dtype: str) -> Bund
         "modalities": ["structure"],
         "views": False,
         "reflexive": [],
-        "calibration": {"weights": [0.0, 1.0, -1.0, 0.0]},
-        "files": {path.name: {"bytes": path.stat().st_size} for path in sorted(folder.iterdir())},
+        "calibration": {"directions": [[0.0, 1.0, -1.0]] * 2, "relations": []},
+        "files": file_entries(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return Bundle.open(folder)
@@ -74,15 +86,15 @@ def make_bundle(folder: Path, num_entities: int, width: int, dtype: str) -> Bund
 def stream(parts: list[NDArray[Any]]) -> int:
     """Read every byte once, with as many threads as a query uses."""
     words = [part.reshape(-1).view(np.uint64) for part in parts]
-    with ThreadPoolExecutor(kernel.num_threads()) as pool:
+    with ThreadPoolExecutor(scan.num_threads()) as pool:
         return int(np.bitwise_xor.reduce(list(pool.map(np.bitwise_xor.reduce, words))))
 
 
 def check_parity(bundle: Bundle) -> bool:
     """Whether the compiled scan of the first rows gives what numpy gives."""
-    rows = [part[:20_000] for part in bundle.vectors[:2]]
+    rows = [part[:20_000] for part in bundle.vector_parts[:2]]
     query = np.random.default_rng(1).standard_normal((2, bundle.width), np.float32)
-    ours, plain = kernel.nearest(rows, query, 10), kernel.nearest(rows, query, 10, compiled=False)
+    ours, plain = scan.nearest(rows, query, 10), scan.nearest(rows, query, 10, compiled=False)
     return bool(np.array_equal(ours.id_Qk, plain.id_Qk) and np.allclose(ours.distance_Qk, plain.distance_Qk, rtol=1e-5))
 
 
@@ -90,8 +102,14 @@ def torch_scan(bundle: Bundle, query_D: NDArray[np.float32]) -> NDArray[np.int64
     """The same by eager torch, tile by tile, as one would write it first."""
     import torch
 
-    query, best_d, best_i, first, C = torch.from_numpy(query_D), torch.zeros(0), torch.zeros(0, dtype=torch.long), 0, bundle.width // 2
-    for part in bundle.vectors:
+    query, best_d, best_i, first, C = (
+        torch.from_numpy(query_D),
+        torch.zeros(0),
+        torch.zeros(0, dtype=torch.long),
+        0,
+        bundle.width // 2,
+    )
+    for part in bundle.vector_parts:
         for tile in torch.from_numpy(np.asarray(part)).split(8192):
             square = (tile.float() - query).square_()
             distance = (square[:, :C] + square[:, C:]).sqrt_().sum(1)
@@ -102,8 +120,21 @@ def torch_scan(bundle: Bundle, query_D: NDArray[np.float32]) -> NDArray[np.int64
 
 
 def startup_seconds(folder: Path, repeats: int) -> tuple[float, float]:
-    """Wall seconds of the whole command on a small graph: the first time (the kernel may be compiled) and the median of the rest."""
-    command = [sys.executable, "-m", "mocme_dist.query", str(folder), "--head", "entity number 7", "--relation", "relation 3", "--json"]
+    """Wall seconds of the whole command on a small graph.
+
+    The first time (the kernel may be compiled) and the median of the rest.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "mocme_dist.query",
+        str(folder),
+        "--head",
+        "entity number 7",
+        "--relation",
+        "relation 3",
+        "--json",
+    ]
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -131,7 +162,11 @@ def main() -> None:
         ask = lambda b: predict(b, [Question(f"entity number {next(numbers)}", "relation 3", None)], 10)  # noqa: E731
         query = np.random.default_rng(2).standard_normal((1, 256), np.float32)
         # In turn, so that a change of the machine's mood meets both.
-        works = (lambda: stream(bundle.vectors), lambda: kernel.nearest(bundle.vectors, query, 10), lambda: ask(bundle))
+        works = (
+            lambda: stream(bundle.vector_parts),
+            lambda: scan.nearest(bundle.vector_parts, query, 10),
+            lambda: ask(bundle),
+        )
         pairs = [[measure(work, 1, 3)[0] for work in works] for _ in range(5)]
         stream_ms, scan_ms, query_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
         small_ms, small_p90 = measure(lambda: ask(little), 5, 50)
@@ -146,17 +181,33 @@ def main() -> None:
             row("scan_over_stream", scan_ms / stream_ms, "ratio"),
             row("stream_ms", stream_ms, "ms"),
             row("query_ms", query_ms, "ms"),
-            row("stream_gb_per_s", sum(part.nbytes for part in bundle.vectors) / stream_ms / 1e6, "GB/s"),
+            row("stream_gb_per_s", sum(part.nbytes for part in bundle.vector_parts) / stream_ms / 1e6, "GB/s"),
             row("small_graph_p90_ms", small_p90, "ms"),
             row("first_start_s", first_s, "s"),
             row("suggest_s", suggest_s, "s"),
         ]
         if args.slow_twins:
-            rows.append(row("numpy_scan_ms", measure(lambda: kernel.nearest(bundle.vectors, query, 10, compiled=False), 0, 2)[0], "ms"))
+            rows.append(
+                row(
+                    "numpy_scan_ms",
+                    measure(lambda: scan.nearest(bundle.vector_parts, query, 10, compiled=False), 0, 2)[0],
+                    "ms",
+                )
+            )
             rows.append(row("torch_scan_ms", measure(lambda: torch_scan(bundle, query[0]), 0, 2)[0], "ms"))
-            command = [sys.executable, "-c", "import time; t = time.perf_counter(); import torch; print(time.perf_counter() - t)"]
-            rows.append(row("import_torch_s", float(subprocess.run(command, capture_output=True, text=True, check=True).stdout), "s"))
-        finish("query", parity, rows, entities=E, width=256, dtype=args.dtype, threads=kernel.num_threads())
+            command = [
+                sys.executable,
+                "-c",
+                "import time; t = time.perf_counter(); import torch; print(time.perf_counter() - t)",
+            ]
+            rows.append(
+                row(
+                    "import_torch_s",
+                    float(subprocess.run(command, capture_output=True, text=True, check=True).stdout),
+                    "s",
+                )
+            )
+        finish("query", parity, rows, entities=E, width=256, dtype=args.dtype, threads=scan.num_threads())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Real ranks of a run, measured: so many steps of the training loop, a checkpoint, perhaps a ranking.
 
 `measure_ranks` starts processes as torchrun would, without Ray, and gives back what each of them saw: milliseconds of
-every step, resident memory, and what it sent. The commands' own code runs, nothing is stripped: build, train, save, rank
-and load the checkpoint again.
+every step, resident memory, and what it sent. The commands' own code runs, nothing is stripped: build, train, save,
+rank and load the checkpoint again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ def measure_ranks(
         for rank in range(world_size):
             env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             if world_size > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+                env |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                }
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
             command = [
                 sys.executable,
@@ -74,7 +79,9 @@ def measure_ranks(
                 process.kill()
         for rank, process in enumerate(processes):
             if process.returncode:
-                raise RuntimeError(f"rank {rank}: exit code {process.returncode}: {Path(f'{folder}/{rank}.log').read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"rank {rank}: exit code {process.returncode}: {Path(f'{folder}/{rank}.log').read_text()[-2000:]}"
+                )
     return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
 
 
@@ -83,13 +90,15 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
     from mocme_dist.config import load_config
     from mocme_dist.errors import Preempted
     from mocme_dist.parallel.comm import communication
+    from mocme_dist.runs import launch
+    from mocme_dist.runs.directory import RunDirectory
+    from mocme_dist.runs.task import TrainingRun, find
     from mocme_dist.train import resolve_paths
-    from mocme_dist.training import checkpoint, launch, loop
-    from mocme_dist.training.rundir import RunDirectory
-    from mocme_dist.training.worker import Worker, open_dataset
+    from mocme_dist.training.build import build_worker, open_dataset
+    from mocme_dist.training.loop import restore
 
     config = resolve_paths(load_config([], ["launch.mode=local", *args.overrides, f"run.dir={args.run_dir}"]))
-    launch._tune_process(config)
+    launch._tune_process(config.launch)
     found: dict[str, Any] = {}
     times: list[float] = []
     sent: list[int] = []
@@ -99,10 +108,10 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
         return len(times) >= args.steps
 
     directory = RunDirectory(config.run.dir)
-    directory.checkpoints.mkdir(parents=True, exist_ok=True)
+    directory.checkpoints.path.mkdir(parents=True, exist_ok=True)
     with communication(TIMEOUT_S) as comm:
         start = time.perf_counter()
-        worker = Worker(config, open_dataset(config), comm)
+        worker = build_worker(config, open_dataset(config.data), comm)
         found["build_s"], found["built_mb"] = time.perf_counter() - start, memory_mb("VmRSS")
         prepare = worker.prepare
 
@@ -112,9 +121,9 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
             return parts
 
         worker.prepare = counted  # type: ignore[method-assign]
-        run = loop.Training(config, worker, directory, stop, loop.Hooks())
+        run = TrainingRun(config, worker, directory)
         with suppress(Preempted):  # as asked
-            run.train()
+            run.train(stop)
         found["trained_mb"] = memory_mb("VmHWM")
         found["phases_ms"] = {name: 1e3 * seconds / len(times) for name, seconds in worker.timer.seconds.items()}
         found["last_step_and_checkpoint_s"] = time.perf_counter() - times[-1]
@@ -123,11 +132,16 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
             found["valid_mrr"] = worker.evaluate("valid", args.queries)["mrr"]
             found["rank_s"], found["queries"] = time.perf_counter() - start, args.queries
             found["ranked_mb"], start = memory_mb("VmHWM"), time.perf_counter()
-            saved = checkpoint.agree(directory.checkpoints, "auto", comm)
+            saved = find(directory, worker, "auto")
             assert saved is not None
-            loop.restore(worker, saved)
+            restore(worker, saved)
             found["load_s"] = time.perf_counter() - start
-        found |= {"peak_mb": memory_mb("VmHWM"), "file_mb": memory_mb("RssFile"), "sent": sent, "width": config.experts.width}
+        found |= {
+            "peak_mb": memory_mb("VmHWM"),
+            "file_mb": memory_mb("RssFile"),
+            "sent": sent,
+            "width": config.experts.width,
+        }
         found["step_ms"] = [1e3 * (later - earlier) for earlier, later in pairwise(times)]
         found["queries_per_step"] = worker.maker.sampler.batch_size
     return found

@@ -24,10 +24,14 @@ from mocme_dist.partition import RowPartition
 RELATIONS, BLOCK = 16, 1 << 16
 
 
-def make_problem(num_entities: int, num_queries: int, width: int, first: int, last: int) -> tuple[Queries, torch.Tensor, torch.Tensor]:
+def make_problem(
+    num_entities: int, num_queries: int, width: int, first: int, last: int
+) -> tuple[Queries, torch.Tensor, torch.Tensor]:
     """Queries, phases and vectors [first, last), a function of the sizes and the ids: any share is made by itself."""
     gen = np.random.default_rng(0)
-    triples = np.stack([gen.integers(num_entities, size=num_queries // 2), gen.integers(RELATIONS, size=num_queries // 2)], 1)
+    triples = np.stack(
+        [gen.integers(num_entities, size=num_queries // 2), gen.integers(RELATIONS, size=num_queries // 2)], 1
+    )
     triples = np.concatenate([triples, gen.integers(num_entities, size=(num_queries // 2, 1))], 1)
     phase_RC = torch.from_numpy(gen.uniform(-np.pi, np.pi, (RELATIONS, width // 2)).astype(np.float32))
     z_rD = np.empty((last - first, width), dtype=np.float32)
@@ -42,10 +46,19 @@ def rank_here(comm: Comm, num_entities: int, num_queries: int, width: int) -> tu
     """Exact ranks of all queries on this rank's share, and the seconds of the second of two passes."""
     first, last = RowPartition(num_entities, comm.world_size).bounds(comm.rank)
     queries, phase_RC, z_rD = make_problem(num_entities, num_queries, width, first, last)
-    known = KnownAnswers.build(np.stack([queries.source[::2], queries.relation[::2], queries.target[::2]], 1), RELATIONS)
+    known = KnownAnswers.build(
+        np.stack([queries.source[::2], queries.relation[::2], queries.target[::2]], 1), RELATIONS
+    )
     shard = RowShard(z_rD, first)
     # Kernels are made on few rows.
-    rank_queries(queries.take(slice(0, 256)), lambda relation: phase_RC[relation], RowShard(z_rD[:2048], first), known, comm, compiled=True)
+    rank_queries(
+        queries.take(slice(0, 256)),
+        lambda relation: phase_RC[relation],
+        RowShard(z_rD[:2048], first),
+        known,
+        comm,
+        compiled=True,
+    )
     comm.barrier()
     start = time.perf_counter()
     ranks = rank_queries(queries, lambda relation: phase_RC[relation], shard, known, comm, compiled=True)
@@ -70,7 +83,10 @@ def start_ranks(world_size: int, num_entities: int, num_queries: int, width: int
         env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         sizes = [str(value) for value in (world_size, num_entities, num_queries, width, int(timed))]
         command = [sys.executable, "-m", "tools.bench.scale_ranking", f"{folder}/store", *sizes]
-        processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=env) for rank in range(world_size)]
+        processes = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=env)
+            for rank in range(world_size)
+        ]
         outputs = [process.communicate(timeout=900)[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"ranking on {world_size} ranks failed")
@@ -86,14 +102,19 @@ def ranking_fraction(num_entities: int, num_queries: int, width: int) -> dict[st
     """Scores a second of exact ranking over two ranks, and of the plain kernel on the same cores at once."""
     found = start_ranks(2, num_entities, num_queries, width, True)
     seconds = max(rank["seconds"] for rank in found)
-    return {"scores_per_s": num_entities * num_queries / seconds, "plain_scores_per_s": sum(rank["plain"] for rank in found)}
+    return {
+        "scores_per_s": num_entities * num_queries / seconds,
+        "plain_scores_per_s": sum(rank["plain"] for rank in found),
+    }
 
 
 def main() -> None:
     """One rank; started by `start_ranks`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", type=Path)
-    parser.add_argument("sizes", type=int, nargs=6, metavar="N", help="world size, entities, queries, width, timed, rank")
+    parser.add_argument(
+        "sizes", type=int, nargs=6, metavar="N", help="world size, entities, queries, width, timed, rank"
+    )
     args = parser.parse_args()
     world_size, num_entities, num_queries, width, timed, rank = args.sizes
     torch.set_num_threads(1)

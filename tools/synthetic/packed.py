@@ -14,8 +14,8 @@ import numpy as np
 
 from mocme_dist.config.schema import EncodersConfig
 from mocme_dist.data.dataset import FORMAT, MANIFEST, Dataset
-from mocme_dist.data.features import write_part
-from mocme_dist.data.files import write_json
+from mocme_dist.data.feature_parts import write_part
+from mocme_dist.data.files import file_entry, write_json
 from mocme_dist.data.graph import fingerprint, write_graph
 from mocme_dist.data.shards import ShardEntry, shard_name, write_shard
 from mocme_dist.data.triples import KeySpace, distinct
@@ -31,12 +31,18 @@ def write_packed(folder: Path, graph: Planted, shard_rows: int) -> Dataset:
     """The data set, and truth/ with the factors by id."""
     # A contiguous range of ids is a random sample, as pack makes it.
     entity_of_id = np.random.default_rng([graph.seed, 3]).permutation(graph.num_entities)
-    names = [b"e%d" % entity for entity in entity_of_id.tolist()], [b"r%d" % relation for relation in range(graph.num_relations)]
+    names = (
+        [b"e%d" % entity for entity in entity_of_id.tolist()],
+        [b"r%d" % relation for relation in range(graph.num_relations)],
+    )
     sizes = _write_triples(folder / "graph", graph, entity_of_id, names)
     partition = ShardPartition(graph.num_entities, shard_rows)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     entries = [write_shard(folder / "shards" / shard_name(shard), []) for shard in range(partition.num_shards)]
-    counts = {m.name: _write_parts(folder / "features" / m.name, graph, m, entity_of_id, partition, entries) for m in graph.modalities}
+    counts = {
+        m.name: _write_parts(folder / "features" / m.name, graph, m, entity_of_id, partition, entries)
+        for m in graph.modalities
+    }
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "num_entities": graph.num_entities,
@@ -47,6 +53,7 @@ def write_packed(folder: Path, graph: Planted, shard_rows: int) -> Dataset:
         "splits": sizes,
         "modalities": {name: {"entities": count} for name, count in counts.items()},
         "shards": [asdict(entry) for entry in entries],
+        "graph": {path.name: file_entry(path) for path in sorted((folder / "graph").iterdir())},
         "report": {"made_by": "tools.make_synthetic"},
         "fingerprint": fingerprint(folder / "graph", names, [entry.sha256 for entry in entries]),
     }
@@ -59,7 +66,9 @@ def write_packed(folder: Path, graph: Planted, shard_rows: int) -> Dataset:
     return dataset
 
 
-def _write_triples(folder: Path, graph: Planted, entity_of_id: Integers, names: tuple[list[bytes], list[bytes]]) -> dict[str, int]:
+def _write_triples(
+    folder: Path, graph: Planted, entity_of_id: Integers, names: tuple[list[bytes], list[bytes]]
+) -> dict[str, int]:
     """Each split as ids, freed of repetitions; how many there are."""
     id_of_entity = np.empty_like(entity_of_id)
     id_of_entity[entity_of_id] = np.arange(len(entity_of_id))
@@ -76,7 +85,12 @@ def _write_triples(folder: Path, graph: Planted, entity_of_id: Integers, names: 
 
 
 def _write_parts(
-    directory: Path, graph: Planted, modality: Modality, entity_of_id: Integers, partition: ShardPartition, entries: list[ShardEntry]
+    directory: Path,
+    graph: Planted,
+    modality: Modality,
+    entity_of_id: Integers,
+    partition: ShardPartition,
+    entries: list[ShardEntry],
 ) -> int:
     """A modality's parts; how many entities have it."""
     total = 0

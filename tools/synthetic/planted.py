@@ -1,9 +1,11 @@
-"""The planted graph: every line and every feature is a function of (seed, number), so any part is made without the others.
+"""The planted graph.
+
+Every line and every feature is a function of (seed, number), so any part is made without the others.
 
 An entity has two latent factors, a of A and b of B; the A * B pairs are its groups, and inside a group entities have a
-Zipf popularity. Relation r shifts both factors: the tail of (h, r) lies in the group (a + s_r mod A, b + t_r mod B), drawn by
-popularity. Nothing else is in the graph, so whoever knows groups and popularities answers as well as anybody can
-(`truth.py`). Modalities show the factors in part: one the first, one the second, one nothing at all.
+Zipf popularity. Relation r shifts both factors: the tail of (h, r) lies in the group (a + s_r mod A, b + t_r mod B),
+drawn by popularity. Nothing else is in the graph, so whoever knows groups and popularities answers as well as anybody
+can (`truth.py`). Modalities show the factors in part: one the first, one the second, one nothing at all.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ class Planted:
     def __post_init__(self) -> None:
         if self.num_triples < self.num_entities or self.num_entities < self.num_groups:
             raise ValueError(
-                f"{self.num_triples:,} triples, {self.num_entities:,} entities, {self.num_groups} groups: expected as many triples as "
-                "entities at least, because train shows each once, and as many entities as groups"
+                f"{self.num_triples:,} triples, {self.num_entities:,} entities, {self.num_groups} groups: expected as"
+                " many triples as entities at least, because train shows each once, and as many entities as groups"
             )
 
     @property
@@ -104,7 +106,10 @@ class Planted:
         return np.stack([head, relation, tail], 1)
 
     def split_of(self, triples_T3: Integers) -> NDArray[np.int8]:
-        """0, 1, 2 for train, valid, test: a function of the triple, so no triple is in two splits; what covers stays in train."""
+        """0, 1, 2 for train, valid, test: a function of the triple, so no triple is in two splits.
+
+        What covers stays in train.
+        """
         key = mix64(triples_T3[:, 0].astype(np.uint64)) ^ triples_T3[:, 1].astype(np.uint64)
         u = self._uniform((mix64(key) ^ triples_T3[:, 2].astype(np.uint64)).view(np.int64), _SPLIT)
         split = np.where(u < self.test, 2, np.where(u < self.test + self.valid, 1, 0)).astype(np.int8)
@@ -137,6 +142,8 @@ class Planted:
         noise = np.random.Generator(np.random.Philox(key=[self.seed + (place << 32), block]))
         value = noise.standard_normal((len(entity), modality.width), dtype=np.float32)
         if modality.factor is not None:
-            book = np.random.default_rng([self.seed, 2, place]).standard_normal((self.factors[modality.factor], modality.width))
+            book = np.random.default_rng([self.seed, 2, place]).standard_normal(
+                (self.factors[modality.factor], modality.width)
+            )
             value = value * modality.noise + book.astype(np.float32)[self.codes(entity)[:, modality.factor]]
         return value.astype(np.float16)

@@ -23,7 +23,9 @@ def _names(letter: str, number: Integers) -> np.ndarray:
     import pyarrow
     import pyarrow.compute
 
-    return pyarrow.compute.binary_join_element_wise(letter, pyarrow.compute.cast(pyarrow.array(number), pyarrow.string()), "")
+    return pyarrow.compute.binary_join_element_wise(
+        letter, pyarrow.compute.cast(pyarrow.array(number), pyarrow.string()), ""
+    )
 
 
 def write_raw(folder: Path, graph: Planted) -> None:
@@ -40,7 +42,9 @@ def write_raw(folder: Path, graph: Planted) -> None:
         for triples_T3, split in graph.chunks():
             for number, writer in enumerate(writers):
                 head, relation, tail = triples_T3[split == number].T
-                writer.write_table(pyarrow.table([entity_names(head), _names("r", relation), entity_names(tail)], schema=schema))
+                writer.write_table(
+                    pyarrow.table([entity_names(head), _names("r", relation), entity_names(tail)], schema=schema)
+                )
     for modality in graph.modalities:
         _write_features(folder / "features", graph, modality)
     write_truth(folder / "truth", graph, np.arange(graph.num_entities))

@@ -54,7 +54,7 @@ def _ranks(query: Integers, answer: Integers, known: Integers, num_groups: int) 
 
 
 def write_truth(folder: Path, graph: Planted, entity_of_row: Integers) -> dict[str, Any]:
-    """truth.json (what is achievable, and how the graph was made) and factors.npy (n, 2) of the entities in that order."""
+    """truth.json (what is achievable, and how the graph was made) and factors.npy (n, 2) of the entities, in order."""
     with atomic_path(folder / "factors.npy") as temporary, temporary.open("wb") as file:
         np.save(file, graph.codes(entity_of_row).astype(np.int16), allow_pickle=False)
     truth = {
@@ -67,7 +67,8 @@ def write_truth(folder: Path, graph: Planted, entity_of_row: Integers) -> dict[s
         "seed": graph.seed,
         "shifts": graph.shifts_R2.tolist(),
         "modalities": {
-            m.name: {"shows": "noise" if m.factor is None else f"factor {m.factor}", "share": m.share} for m in graph.modalities
+            m.name: {"shows": "noise" if m.factor is None else f"factor {m.factor}", "share": m.share}
+            for m in graph.modalities
         },
     }
     write_json(folder / "truth.json", truth)
