@@ -103,6 +103,12 @@ def test_imports_run_downwards_only():
     assert wrong == []
 
 
+def test_the_package_holds_no_links():
+    """A link becomes a plain file where a tree is copied without links, and what needs it breaks there."""
+    folders = [PACKAGE, *(PACKAGE.parent / name for name in ("configs", "tools", "tests"))]
+    assert [path for folder in folders for path in folder.rglob("*") if path.is_symlink()] == []
+
+
 @pytest.mark.parametrize("library", OWNERS)
 def test_a_heavy_library_is_imported_in_its_one_file(library):
     users = {

@@ -191,8 +191,12 @@ def _describe(error: Any) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the configurations that come with the package, by name: mkg_w, demo, ..."""
-    folder = Path(__file__).parents[1] / "configs"
+    """Return the configurations that come with the package, by name: mkg_w, demo, ...
+
+    They lie in the installed package, and in a checkout beside it.
+    """
+    package = Path(__file__).parents[1]
+    folder = next((place for place in (package / "configs", package.parent / "configs") if place.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
