@@ -7,6 +7,7 @@ are skipped. Lines stay bytes until text is needed. Every error names file and l
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import stat
 import unicodedata
@@ -16,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn
 
 from mocme_dist.data.progress import Progress
 from mocme_dist.errors import DataError
@@ -28,6 +29,41 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # read for hours without a row.
 MAX_EXPANSION = 200
 EXPANSION_ALLOWANCE = 1 << 28
+
+
+class _Unpacked(io.RawIOBase):
+    """What a gzip file expands to; a bomb raises a `DataError`."""
+
+    def __init__(self, packed: BinaryIO, path: Path) -> None:
+        self._file = gzip.GzipFile(fileobj=packed)
+        self._path = path
+        self._size = path.stat().st_size
+        self._read = 0
+
+    def readable(self) -> bool:
+        """Return True: `io.BufferedReader` asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer and return the number of bytes; 0 at the end."""
+        count = self._file.readinto(buffer)
+        self._read += count
+        if self._read > MAX_EXPANSION * self._size + EXPANSION_ALLOWANCE:
+            raise DataError(
+                f"{self._path.absolute()}: {self._size:,} bytes expand to more than {self._read:,}; expected text, "
+                f"which gzip makes less than {MAX_EXPANSION} times smaller: unpack the file and look into it"
+            )
+        return count
+
+
+def unpack(packed: BinaryIO, path: Path) -> BinaryIO:
+    """Return a file that reads what the gzip file `packed`, opened at `path`, expands to; its reads raise:
+
+    Raises:
+        DataError: it expands to more than any text would.
+        EOFError, OSError, zlib.error: it is cut or damaged.
+    """
+    return io.BufferedReader(_Unpacked(packed, path), CHUNK_BYTES)
 
 
 @dataclass(frozen=True)
@@ -74,17 +110,11 @@ class RawFile:
             size = self.path.stat().st_size
             with self.path.open("rb") as plain, Progress(f"reading {self.label}", size, "B") as progress:
                 packed = self.path.suffix == ".gz"
-                file = cast(BinaryIO, gzip.GzipFile(fileobj=plain)) if packed else plain
-                place = read = 0
+                file = unpack(plain, self.path) if packed else plain
+                place = 0
                 while chunk := file.read(CHUNK_BYTES):
                     yield chunk.removeprefix(BYTE_ORDER_MARK) if first else chunk
                     first = False
-                    read += len(chunk)
-                    if packed and read > MAX_EXPANSION * size + EXPANSION_ALLOWANCE:
-                        raise DataError(
-                            f"{self.path.absolute()}: {size:,} bytes expand to more than {read:,}; expected text, which"
-                            f" gzip makes less than {MAX_EXPANSION} times smaller: unpack the file and look into it"
-                        )
                     progress.add(plain.tell() - place)
                     place = plain.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

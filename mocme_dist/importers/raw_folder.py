@@ -6,17 +6,18 @@ a temporary folder next to OUT, which is renamed at the end, so a killed import 
 
 from __future__ import annotations
 
-import gzip
+import io
 import json
 import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
+from mocme_dist.data.tsv import unpack
 from mocme_dist.errors import ConfigError, DataError, StorageError
 
 MARK = "IMPORT.json"
@@ -48,8 +49,8 @@ def optional(source: Path, *names: str) -> Path | None:
 
 def open_text(path: Path, newline: str) -> TextIO:
     """Open a text file, gzipped or not, without its byte order mark."""
-    opener: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open  # type: ignore[assignment]
-    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
+    file: BinaryIO = path.open("rb")
+    return io.TextIOWrapper(unpack(file, path) if path.suffix == ".gz" else file, encoding="utf-8-sig", newline=newline)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

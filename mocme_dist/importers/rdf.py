@@ -11,7 +11,6 @@ extra `rdf`.
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
 import os
 import re
@@ -23,12 +22,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from mocme_dist.data.triples import KeySpace, cut_development_set, distinct
+from mocme_dist.data.tsv import unpack
 from mocme_dist.errors import ConfigError, DataError
 from mocme_dist.importers.mmkb import parse_shares
 from mocme_dist.importers.raw_folder import SPLITS, RawWriter, one_line
@@ -296,11 +296,11 @@ def _read(source: Path) -> Iterator[tuple[Any, str, Any]]:
         raise DataError(
             f"{source.absolute()}: expected a name that ends in .nt or .ttl (also .gz), found {source.name!r}"
         )
-    opener: Callable[..., BinaryIO] = gzip.open if source.suffix == ".gz" else open  # type: ignore[assignment]
 
     def triples() -> Iterator[tuple[Any, str, Any]]:
         try:
-            with opener(source, "rb") as file:
+            with source.open("rb") as packed:
+                file = unpack(packed, source) if source.suffix == ".gz" else packed
                 base = source.absolute().as_uri()
                 for quad in pyoxigraph.parse(file, format=endings[ending], base_iri=base):
                     yield quad.subject, quad.predicate.value, quad.object

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("pyoxigraph", reason="the extra `rdf` is not installed")
 
 from mocme_dist.config.schema import DataConfig
+from mocme_dist.data import tsv
 from mocme_dist.data.packing import pack_folder
 from mocme_dist.errors import ConfigError, DataError
 from mocme_dist.importers.rdf import import_rdf, short_name
@@ -108,7 +109,7 @@ def test_blank_nodes_can_stay_and_texts_are_bounded(turtle, tmp_path):
     assert texts[EX + "c0"] == ["Zer", "The", "Nul|Zér|Nou"]
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_mistakes_are_one_line(tmp_path, monkeypatch):
     bad = tmp_path / "bad.nt"
     bad.write_text("<http://a> <http://b> <http://c> .\n<http://a> <http://b> c .\n")
     with pytest.raises(DataError, match=r"bad\.nt:2: not valid RDF"):
@@ -126,6 +127,11 @@ def test_mistakes_are_one_line(tmp_path):
     cut.write_bytes(gzip.compress(b"<http://a> <http://b> <http://c> .\n" * 9999)[:60])
     with pytest.raises(DataError, match="cannot be read"):
         import_rdf(cut, tmp_path / "raw")
+    monkeypatch.setattr(tsv, "EXPANSION_ALLOWANCE", 1 << 20)
+    bomb = tmp_path / "bomb.nt.gz"
+    bomb.write_bytes(gzip.compress(b"\n" * (64 << 20)))
+    with pytest.raises(DataError, match="bytes expand to more than"):
+        import_rdf(bomb, tmp_path / "raw")
     with pytest.raises(ConfigError, match="--split"):
         import_rdf(bad, tmp_path / "raw", split="1,1")
 
