@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tools.bench import all as bench_all
+from tools.bench import stages as bench_stages
 from tools.bench import step as bench_step
 from tools.bench.common import finish, is_met, measure, row, spread
 from tools.bench.eager_rotate import EagerRotatE
@@ -162,3 +163,27 @@ def test_the_script_for_a_gpu_names_every_part_and_runs_none_when_dry(tmp_path):
     parts = [json.loads(line) for line in (tmp_path / "out" / "summary.jsonl").read_text().splitlines()]
     assert [part["part"] for part in parts][:4] == ["tests_model", "step", "loss", "mine"] and len(parts) == 9
     assert all(part["status"] == "skipped" and part["reason"] for part in parts)
+
+
+def test_stages_are_compared_with_the_plan_by_the_rank_that_needs_most():
+    rank = {"build_peak_mb": 500.0, "steps_peak_mb": 900.0, "after_mb": 800.0, "step_ms": [90.0, 80.0, 10.0, 30.0]}
+    other = {**rank, "build_peak_mb": 1000.0, "step_ms": [70.0, 60.0, 20.0, 20.0]}
+    found = {"stage": 3, "ranks": [rank, other], "plan_mb": {"dense parameters": 7, "process": 450.0, "a step": 450.0}}
+    rows = {figure["name"]: figure["value"] for figure in bench_stages.figures(found)}
+    assert rows == {
+        "stage3_peak_mb": 1000.0,
+        "stage3_plan_mb": 900.0,
+        "stage3_plan_error": 0.1,
+        "stage3_after_mb": 800.0,
+        "stage3_step_ms": 25.0,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_losses_of_stages_1_and_3_are_equal_on_two_ranks():
+    sizes = ["--modalities", "3", "--experts", "2", "--width", "16", "--steps", "3"]
+    command = [sys.executable, "-m", "tools.bench.stages", "--quick", *sizes]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["parity"] and found["losses"].keys() == {"1", "3"} and len(set(found["losses"]["1"])) == 3

@@ -79,3 +79,16 @@ def test_cuda_graphs_without_a_gpu_are_refused(featured_dataset, tmp_path):
         pytest.raises(ConfigError, match=r"train.cuda_graphs: needs a GPU and compile=on; .*set it to auto or false"),
     ):
         build_worker(config, open_dataset(config.data), comm)
+
+
+def test_zero_3_on_a_gpu_tells_rank_0_that_encoding_has_no_graph(caplog):
+    """`_encodes_in_graph` is what `build_worker` asks; no GPU is needed to be told."""
+    with caplog.at_level(logging.WARNING):
+        assert build._encodes_in_graph(True, 2, 0)
+        assert not build._encodes_in_graph(False, 3, 0) and not build._encodes_in_graph(True, 3, 1)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert not build._encodes_in_graph(True, 3, 0)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "deepspeed.stage=3" in record.getMessage() and "without the graph" in record.getMessage()

@@ -41,6 +41,20 @@ def measure_ranks(
     Raises:
         RuntimeError: a rank failed; with the end of what it said.
     """
+    cores = [["--core", str(rank)] if pin else [] for rank in range(world_size)]
+    with tempfile.TemporaryDirectory(prefix="mocme-ranks-") as folder:
+        shared = ["--steps", str(steps), "--queries", str(queries), "--run-dir", f"{folder}/run"]
+        last = ["--set", *settings, f"launch.cpus_per_worker={threads}"]
+        return start_ranks("tools.bench.rank", [[*shared, *core, *last] for core in cores], threads)
+
+
+def start_ranks(module: str, arguments: Sequence[Sequence[str]], threads: int = 1) -> list[dict[str, Any]]:
+    """Run a module as ranks, one per list of arguments; return the JSON object that each prints last.
+
+    Raises:
+        RuntimeError: a rank failed; with the end of its standard error.
+    """
+    world_size = len(arguments)
     with socket.socket() as held, tempfile.TemporaryDirectory(prefix="mocme-ranks-") as folder:
         # Rank 0 may listen beside a socket that is only bound, and nobody else is given the port meanwhile.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -57,20 +71,8 @@ def measure_ranks(
                     "LOCAL_WORLD_SIZE": str(world_size),
                 }
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-            command = [
-                sys.executable,
-                "-m",
-                "tools.bench.rank",
-                "--steps",
-                str(steps),
-                "--queries",
-                str(queries),
-                "--run-dir",
-                f"{folder}/run",
-            ]
-            command += ["--core", str(rank)] if pin else []
+            command = [sys.executable, "-m", module, *arguments[rank]]
             with Path(f"{folder}/{rank}.log").open("w") as errors:
-                command += ["--set", *settings, f"launch.cpus_per_worker={threads}"]
                 processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env))
         try:
             outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
