@@ -107,6 +107,7 @@ def test_a_group_that_a_launcher_made_is_left_standing():
 RANK = """
 import sys, time
 from mocme_dist.parallel.comm import communication
+print("here", flush=True)
 time.sleep(float(sys.argv[1]))
 with communication(5) as comm:
     print(comm.gather(comm.rank))
@@ -115,7 +116,7 @@ with communication(5) as comm:
 
 @contextmanager
 def late_rank_0(by_torchrun: bool) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two ranks, of which the first comes 9 seconds late to collectives of 5."""
+    """Two ranks, of which the first comes 7 seconds or more after the other to collectives of 5."""
     # Held until the end: the store may listen beside a socket that is only bound, and nobody else is given the port.
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -131,12 +132,12 @@ def late_rank_0(by_torchrun: bool) -> Iterator[list[subprocess.Popen[str]]]:
     if by_torchrun:  # its agent holds the store, so that the followers find one at once
         agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, delay], env={**env, "RANK": rank}, stdout=subprocess.PIPE, text=True
-        )
-        for rank, delay in (("0", "9"), ("1", "0"))
-    ]
+    ranks = []
+    for rank, delay in (("1", "0"), ("0", "7")):
+        command = [sys.executable, "-c", RANK, delay]
+        ranks.append(subprocess.Popen(command, env={**env, "RANK": rank}, stdout=subprocess.PIPE, text=True))
+        # A follower that is late itself on a busy machine would miss rank 0's collectives.
+        assert ranks[-1].stdout.readline() == "here\n"
     try:
         yield ranks
     finally:
