@@ -150,6 +150,7 @@ def run_command(main: Callable[[], None]) -> None:
         print(printable(error_block(error)), file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
+        ray_loss.end_if_lost(error)
         traceback.print_exc()
         print(
             printable(

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mocme_dist import environment
+from mocme_dist import environment, ray_loss
 from mocme_dist.cluster import count_workers, draining_nodes
 from mocme_dist.config.schema import LaunchConfig
 from mocme_dist.data.files import read_json
@@ -233,6 +233,7 @@ class Supervisor:
                 self.stop.ask()
 
     def _count_failure(self, error: BaseException, folder: Path) -> None:
+        ray_loss.end_if_lost(error)
         ranks = folder / "ranks"
         failure = find_failure(getattr(error, "worker_failures", None) or {}, error, read_statuses(ranks))
         if failure.hung:
