@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 
-from mocme_dist import __version__
+from mocme_dist import __version__, environment
 from mocme_dist.commands import run_command
-from mocme_dist.completion import answer_in_place_of_parsing, complete_command, is_completing
+from mocme_dist.completion import answer_in_place_of_parsing, complete_command
 
 # Module and line of help of each command, in the order of first use.
 COMMANDS = {
@@ -41,9 +40,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
-    if is_completing():
+    if environment.is_completing():
         complete_command(parser)
-        sys.argv = os.environ["COMP_LINE"].split()
+        sys.argv = environment.completed_line().split()
         answer_in_place_of_parsing()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:

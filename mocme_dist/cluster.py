@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocme_dist import ray_loss
+from mocme_dist import environment, ray_loss
 from mocme_dist.console import filter_stderr, listen_to_workers
 from mocme_dist.data.progress import Progress, show_worker
 from mocme_dist.errors import ConfigError, MocmeError, RankError, StorageError, one_line
@@ -54,7 +54,7 @@ def prepare_worker() -> None:
     """
     import ray
 
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    environment.set_variables({"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
     shown = threading.excepthook
 
@@ -85,11 +85,11 @@ def connect_ray(
     """
     # RAY_ADDRESS is Ray's own way to name a cluster; `ray job submit` sets it for the driver. It is read here because
     # ray.init() would otherwise also use the stale address file of a cluster that has ended.
-    address = os.environ.get("RAY_ADDRESS")
+    address = environment.ray_address()
     if not address or _is_loopback(address):
         # Read at the first import of ray. Without it a local cluster listens on all interfaces, and 127.0.0.1 is
         # replaced by the external address, on which a loopback cluster does not answer.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        environment.set_defaults({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
     try:
         import ray
     except ImportError:
@@ -119,10 +119,7 @@ def keep_token_private() -> None:
 
     Ray itself writes the file with the permissions of the umask, often readable by everybody.
     """
-    if (
-        os.environ.get("RAY_AUTH_MODE", "token") != "token"
-        or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    ):
+    if environment.has_ray_token():
         return
     path = Path.home() / ".ray" / "auth_token"  # where Ray looks for it
     try:
@@ -136,7 +133,7 @@ def keep_token_private() -> None:
         log.info(
             "%s cannot be written (%s); the token of this cluster is kept in memory", path, error.strerror or error
         )
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        environment.set_variables({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
         return
     try:
         with os.fdopen(descriptor, "w") as file:
@@ -171,7 +168,7 @@ def _ray_folder() -> str | None:
     Raises:
         StorageError: no folder is writable and has a path short enough for a socket.
     """
-    wanted = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    wanted = environment.temporary_folder()
     found: dict[str, str] = {}
     for place in dict.fromkeys((wanted, "/tmp", "/dev/shm", "/var/tmp")):
         if len(os.fsencode(place)) + _SESSION_BYTES > _SOCKET_PATH_BYTES:
@@ -228,7 +225,7 @@ def _join(address: str | None, min_cpus: int, log_to_driver: bool, trains: bool)
     _check_listening(address)
     try:
         runtime: dict[str, Any] = {"worker_process_setup_hook": PREPARE} if trains else {}
-        if variables := {name: os.environ[name] for name in PASSED_ON if name in os.environ}:
+        if variables := environment.chosen(PASSED_ON):
             runtime["env_vars"] = variables
         ray.init(
             address="auto",
@@ -272,14 +269,14 @@ class Job(NamedTuple):
 
 def submitted_job() -> Job | None:
     """Return the submitted job whose driver is this process or one of its parents, or None."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    if not environment.in_ray_job():
         return None
     return Job(copied="working_dir_files" in Path.cwd().parts)
 
 
 def may_grow() -> bool:
     """Return whether nodes may join: true for a cluster named by RAY_ADDRESS, not for a local one."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+    return bool(environment.ray_address())
 
 
 def count_workers(each: Mapping[str, float], free: bool = False) -> int:

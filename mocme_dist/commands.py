@@ -22,7 +22,7 @@ from mocme_dist.config import Config, load_config
 from mocme_dist.config.encoders import TRUST_FLAG
 from mocme_dist.console import open_console, printable
 from mocme_dist.data.storage import is_url
-from mocme_dist.environment import few_open_files, lacking, outdated, remedy
+from mocme_dist.environment import few_open_files, lacking, log_level, outdated, remedy
 from mocme_dist.errors import ConfigError, MocmeError, Preempted, error_block
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -130,9 +130,9 @@ def _missing_package_is_a_mistake() -> Iterator[None]:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main` and exit with its code; a user's mistake prints one line without a traceback."""
-    level = os.environ.get("MOCME_LOG", "INFO").upper()
+    level = log_level().upper()
     if level not in LEVELS:
-        error = ConfigError(f"MOCME_LOG={os.environ['MOCME_LOG']}: expected one of {', '.join(LEVELS)}")
+        error = ConfigError(f"MOCME_LOG={log_level()}: expected one of {', '.join(LEVELS)}")
         print(printable(error_block(error)), file=sys.stderr)
         sys.exit(error.exit_code)
     open_console(level)

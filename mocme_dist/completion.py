@@ -7,29 +7,22 @@ of the command on the line, which answers in place of parsing its arguments.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
+from mocme_dist import environment
 from mocme_dist.config import Config
 from mocme_dist.config.load import shipped_configs
-
-_VARIABLE = "_ARGCOMPLETE"
-
-
-def is_completing() -> bool:
-    """Return whether the shell called this process for completions."""
-    return _VARIABLE in os.environ
 
 
 def complete_command(parser: argparse.ArgumentParser) -> None:
     """Answer for the first word after `mocme`; return if the line already has a command and a space after it."""
-    words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ")
+    words = environment.completed_part().split(" ")
     if len([word for word in words if word]) < 2 or (len(words) == 2 and words[-1]):
         _answer(parser)
-    os.environ[_VARIABLE] = "2"  # the command's parser does not see the word `mocme`
+    environment.hide_first_word()
 
 
 def answer_in_place_of_parsing() -> None:

@@ -188,7 +188,9 @@ def filter_stderr() -> None:
     this one and so also passes on the output of a crash; Python itself writes to a copy of the descriptor.
     """
     captured = sys.stderr is None or sys.stderr is not sys.__stderr__
-    if captured or os.environ.get("MOCME_LOG", "").upper() == "DEBUG":
+    from mocme_dist.environment import log_level  # not at the top: this file is also run without the package
+
+    if captured or log_level().upper() == "DEBUG":
         return
     direct = os.dup(2)
     command = [sys.executable, "-S", "-E", str(Path(__file__))]

@@ -1,4 +1,8 @@
-"""The environment of a command: packages that are missing, and variables that launchers set.
+"""The environment of a command: packages that are missing, and every environment variable that the package reads.
+
+The variables of launchers, of Ray, of the shell's completion and of this package (MOCME_*) have one function each. No
+other module reads or sets a variable, with one exception: `mocme_dist/__init__.py` sets GOMP_SPINCOUNT, because OpenMP
+must find it when torch is first imported, and importing the package must not import this module.
 
 Needs the standard library alone, because it runs where nothing else is installed.
 """
@@ -17,6 +21,7 @@ from pathlib import Path
 FIRST_IMPORTS = ("numpy", "pydantic", "pydantic_core", "typing_extensions", "annotated_types", "yaml")
 OLDEST = (3, 11)
 ROOT = Path(__file__).resolve().parents[1]
+SERVICE_TOKEN = "MOCME_SERVE_TOKEN"
 
 
 def lacking(modules: Sequence[str]) -> list[str]:
@@ -111,6 +116,36 @@ def _end(number: int, frame: object) -> None:
     os._exit(75)
 
 
+# -- this package
+
+
+def log_level() -> str:
+    """Return the value of MOCME_LOG, INFO by default; it is not checked."""
+    return os.environ.get("MOCME_LOG", "INFO")
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder, $MOCME_CACHE or ~/.cache/mocme_dist; it may not exist.
+
+    Raises:
+        RuntimeError: the path starts with ~ and the home folder is not known.
+    """
+    return Path(os.environ.get("MOCME_CACHE") or "~/.cache/mocme_dist").expanduser().absolute()
+
+
+def service_token() -> str | None:
+    """Return the token that requests to `mocme serve` must carry (MOCME_SERVE_TOKEN), or None; it is not checked."""
+    return os.environ.get(SERVICE_TOKEN)
+
+
+# -- ranks that a launcher has started: torchrun, or Ray Train
+
+
+def has_launcher() -> bool:
+    """Return whether a launcher started this process as a rank and says where the ranks meet."""
+    return "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
 def torchrun_rank() -> int:
     """Return the rank of this process under torchrun; 0 without it."""
     return int(os.environ.get("RANK", "0")) if "MASTER_ADDR" in os.environ else 0
@@ -127,6 +162,81 @@ def rank_and_world_size() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def local_rank() -> int:
+    """Return the number of this rank on its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def master_host() -> str:
+    """Return the host where the ranks meet."""
+    return os.environ["MASTER_ADDR"]
+
+
+def master_port() -> int:
+    """Return the port where the ranks meet."""
+    return int(os.environ["MASTER_PORT"])
+
+
+def launcher_serves_store() -> bool:
+    """Return whether torchrun itself serves the ranks' store at the address where they meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+# -- Ray
+
+
+def ray_address() -> str | None:
+    """Return the address of the cluster that the user or `ray job submit` named, or None."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+def in_ray_job() -> bool:
+    """Return whether this process or one of its parents is the driver of a job that was submitted to Ray."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def has_ray_token() -> bool:
+    """Return whether the user gave Ray a token, or chose to use none."""
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return bool(given) or os.environ.get("RAY_AUTH_MODE", "token") != "token"
+
+
+def temporary_folder() -> str:
+    """Return the folder in which Ray would put its sockets and logs."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
+# -- completion by the shell
+
+
+def is_completing() -> bool:
+    """Return whether the shell called this process for completions."""
+    return "_ARGCOMPLETE" in os.environ
+
+
+def completed_line() -> str:
+    """Return the line that the shell completes."""
+    return os.environ["COMP_LINE"]
+
+
+def completed_part() -> str:
+    """Return the line that the shell completes, up to the cursor."""
+    return completed_line()[: int(os.environ["COMP_POINT"])]
+
+
+def hide_first_word() -> None:
+    """Let argcomplete leave out the first word of the line: the parser of a command does not see `mocme`."""
+    os.environ["_ARGCOMPLETE"] = "2"
+
+
+# -- variables of libraries, for this process and those that it starts
+
+
+def set_variables(variables: Mapping[str, str]) -> None:
+    """Set variables that a library reads, whatever they were before."""
+    os.environ.update(variables)
+
+
 def set_defaults(variables: Mapping[str, str]) -> None:
     """Set variables that are not set, for libraries that read them when they are imported."""
     for name, value in variables.items():
@@ -141,3 +251,8 @@ def raise_to(name: str, seconds: float) -> None:
 def seconds(name: str, default: float) -> float:
     """Return the value of a variable in seconds."""
     return float(os.environ.get(name, default))
+
+
+def chosen(names: Sequence[str]) -> dict[str, str]:
+    """Return those of the variables that are set, with their values."""
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from mocme_dist.environment import lacking
+from mocme_dist.environment import SERVICE_TOKEN, lacking
 from mocme_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -79,13 +79,13 @@ def main() -> None:
     args = parse()
     if missing := lacking(PACKAGES):
         raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'mocme-dist[serve]'")
-    from mocme_dist.serving.service_guard import TOKEN_VARIABLE, is_loopback, read_token
+    from mocme_dist.serving.service_guard import is_loopback, read_token
 
     token = read_token(args.token_file)
     if not is_loopback(args.host) and token is None:
         raise ConfigError(
             f"--host {args.host}: reachable from other machines, which needs a token; give --token-file FILE or set "
-            f"{TOKEN_VARIABLE}, or leave --host out"
+            f"{SERVICE_TOKEN}, or leave --host out"
         )
     from mocme_dist.serving.service import ServiceSettings, serve_in_process
     from mocme_dist.serving.service_answers import names_of

@@ -32,7 +32,13 @@ LAYERS = [
     {"serving"},
     {"commands"},
 ]
-ONLY = {"kernels": {"errors"}, "model": {"errors", "kernels"}, "parallel": {"errors", "partition", "kernels"}}
+ONLY = {
+    "kernels": {"errors", "environment"},
+    "model": {"errors", "kernels"},
+    "parallel": {"errors", "environment", "partition", "kernels"},
+}
+# The environment's variables: all reads and writes, and one write before torch is imported.
+ENVIRONMENT = {"environment.py", "__init__.py"}
 OWNERS = {
     "pyoxigraph": "importers/rdf.py",
     "faiss": "serving/export_formats.py",
@@ -101,6 +107,12 @@ def test_imports_run_downwards_only():
             if not allowed and not (layer_of(mine) == layer_of(theirs) == len(LAYERS) - 1):
                 wrong.append(f"{path.relative_to(PACKAGE)}:{line}: {mine} imports {name}")
     assert wrong == []
+
+
+def test_environment_variables_are_read_and_set_in_one_module():
+    pattern = re.compile(r"\bos\.(environb?|getenvb?|putenv|unsetenv)\b|from os import .*env")
+    users = {str(path.relative_to(PACKAGE)) for path in FILES if pattern.search(path.read_text(encoding="utf8"))}
+    assert users == ENVIRONMENT
 
 
 def test_the_package_holds_no_links():

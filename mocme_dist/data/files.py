@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mocme_dist import __version__
+from mocme_dist.environment import cache_folder
 from mocme_dist.errors import DataError, StorageError
 
 log = logging.getLogger(__name__)
@@ -246,11 +247,6 @@ def check_files(folder: Path, files: Mapping[str, Any], again: str) -> None:
 def file_entry(path: Path) -> dict[str, Any]:
     """Return size and hash of a file, as manifests store them."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def cache_folder() -> Path:
-    """Return the folder of mirrors and of the record of verified files: $MOCME_CACHE or ~/.cache/mocme_dist."""
-    return Path(os.environ.get("MOCME_CACHE") or Path.home() / ".cache" / "mocme_dist").absolute()
 
 
 def sha256_file(path: Path) -> str:

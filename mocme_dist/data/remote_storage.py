@@ -22,7 +22,6 @@ from typing import IO, Any
 from mocme_dist.data.files import (
     TEMPORARY,
     atomic_path,
-    cache_folder,
     read_json,
     sweep,
     sync,
@@ -30,6 +29,7 @@ from mocme_dist.data.files import (
     write_json,
 )
 from mocme_dist.data.storage import LocalStorage, is_temporary, is_url, link_new, matches, start_of, walk_files
+from mocme_dist.environment import cache_folder
 from mocme_dist.errors import ConfigError, DataError, MocmeError, StorageError
 
 # File systems on which a half-written file is visible; in object stores an object appears as a whole.

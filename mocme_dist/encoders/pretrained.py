@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from mocme_dist.data.files import sha256_file
 from mocme_dist.encoders.torchvision_shim import prepare_torchvision
+from mocme_dist.environment import set_defaults
 from mocme_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ class FolderTokenizer:
     def __init__(self, folder: Path) -> None:
         import transformers
 
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # an actor may use only the CPUs that it requested
+        set_defaults({"TOKENIZERS_PARALLELISM": "false"})  # an actor may use only the CPUs that it requested
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )

@@ -19,9 +19,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from mocme_dist.environment import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +133,7 @@ def build(source: Path, program: str, flags: Sequence[str], more: bytes = b"") -
     """
     parts = (source.read_bytes(), repr((str(Path(program).resolve()), tuple(flags))).encode(), more)
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
-    folder = cache_folder()
+    folder = library_folder()
     path = folder / f"{source.stem}-{digest[:16]}.so"
     if not _is_whole(path):
         # Built aside and renamed: several processes may build at once, and none may load half a file.
@@ -169,20 +172,21 @@ def complaint(error: Exception) -> str:
     return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1]).strip()
 
 
-def cache_folder() -> Path:
+def library_folder() -> Path:
     """Return a folder that belongs to this user and that nobody else may write: libraries in it are run.
 
     Raises:
         OSError: there is none.
     """
-    own = os.environ.get("MOCME_CACHE") or "~/.cache/mocme_dist"
-    for place in (f"{own}/kernels", f"{tempfile.gettempdir()}/mocme_dist-{os.getuid()}"):
+    places = [Path(tempfile.gettempdir(), f"mocme_dist-{os.getuid()}")]
+    with suppress(RuntimeError):  # a user without a home folder
+        places.insert(0, cache_folder() / "kernels")
+    for folder in places:
         try:
-            folder = Path(place).expanduser()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = folder.stat(follow_symlinks=False)
             if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
                 return folder
-        except (OSError, RuntimeError):
+        except OSError:
             continue
     raise OSError("no folder of this user's own can be written for compiled kernels")

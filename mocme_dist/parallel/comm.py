@@ -7,7 +7,6 @@ carries the ids of coming steps from a background thread, so its collectives nev
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from mocme_dist import errors
+from mocme_dist import environment, errors
 from mocme_dist.errors import ConfigError, RankError
 from mocme_dist.parallel.meeting import join_store, listen, listen_beside, open_store
 
@@ -109,7 +108,7 @@ def pick_device(gpus: float | Literal["auto"] = "auto") -> torch.device:
             f"launch.gpus_per_worker={gpus:g}: torch finds no GPU on {socket.gethostname()}; "
             "install a torch with CUDA there, or set launch.gpus_per_worker=0"
         )
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cuda", environment.local_rank() % torch.cuda.device_count())
 
 
 @contextmanager
@@ -126,7 +125,7 @@ def communication(timeout_s: int, gpus: float | Literal["auto"] = "auto") -> Ite
     device = pick_device(gpus)
     made_here = not dist.is_initialized()
     if made_here:
-        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        if environment.has_launcher():
             store, rank, world_size = _meet()
         else:
             listen_beside("127.0.0.1")
@@ -158,12 +157,12 @@ def _meet() -> tuple[Any, int, int]:
     Rank 0 packs and extracts first, perhaps for hours; a process group's own time limit would end the others
     meanwhile. If rank 0 fails, the launcher notices: torchrun ends the others.
     """
-    listen_beside(os.environ["MASTER_ADDR"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens
+    listen_beside(environment.master_host())
+    if environment.launcher_serves_store():
         store, rank, world_size = next(rendezvous("env://", timeout=_LONG))
     else:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        rank, world_size = environment.rank_and_world_size()
+        host, port = environment.master_host(), environment.master_port()
         store = open_store(listen(host, port), _LONG) if rank == 0 else join_store(host, port, _LONG)
     if rank == 0:
         store.set(_HERE, "")

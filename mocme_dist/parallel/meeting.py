@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import os
 import socket
 import struct
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+from mocme_dist.environment import set_defaults
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,7 @@ def join_store(host: str, port: int, timeout: timedelta) -> Any:
 def listen_beside(host: str) -> None:
     """Make gloo and NCCL listen on the interface that leads to `host`, unless the environment names one."""
     if (name := interface_towards(host)) is not None:
-        for variable in _INTERFACES:
-            os.environ.setdefault(variable, name)
+        set_defaults(dict.fromkeys(_INTERFACES, name))
 
 
 def interface_towards(host: str) -> str | None:

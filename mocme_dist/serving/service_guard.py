@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import stat
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -23,13 +22,13 @@ from urllib.parse import SplitResult, urlsplit
 
 from starlette.exceptions import HTTPException
 
+from mocme_dist import environment
 from mocme_dist.errors import ConfigError
 
 Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
 COOKIE = "mocme_token"
-TOKEN_VARIABLE = "MOCME_SERVE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MIN_TOKEN = 16
 MAX_BODY_BYTES = 1 << 20  # of every request but an upload
@@ -57,7 +56,7 @@ def read_token(file: str | None) -> str | None:
     Raises:
         ConfigError: the file cannot be read, others may read it, or the token is too short.
     """
-    where, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+    where, token = environment.SERVICE_TOKEN, environment.service_token()
     if file is not None:
         where = f"--token-file {file}"
         try:
@@ -204,7 +203,8 @@ class Metrics:
 
     def __init__(self, folder: str | None = None) -> None:
         if folder is not None:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # read when prometheus_client is first imported
+            # read when prometheus_client is first imported
+            environment.set_variables({"PROMETHEUS_MULTIPROC_DIR": folder})
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
         self._folder = folder

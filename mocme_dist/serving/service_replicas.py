@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-import os
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mocme_dist import environment
 from mocme_dist.cluster import connect_ray, leave_ray
 from mocme_dist.data.storage import is_url
 from mocme_dist.errors import ConfigError, MocmeError
@@ -51,7 +51,7 @@ def serve_replicas(
         settings = dataclasses.replace(settings, metrics_dir=folder, places=_absolute(settings.places))
         if settings.data is not None and not is_url(settings.data):
             settings = dataclasses.replace(settings, data=str(Path(settings.data).absolute()))
-        os.environ |= {"RAY_SERVE_ENABLE_HAPROXY": "0", "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0"}
+        environment.set_variables({"RAY_SERVE_ENABLE_HAPROXY": "0", "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0"})
         # Ray's own processes take seconds to start; what this process needs of Serve is imported meanwhile.
         importing = partial(importlib.import_module, "ray.serve")
         connect_ray(min_cpus=replicas, log_to_driver=False, trains=False, meanwhile=importing)

@@ -75,6 +75,6 @@ def test_what_does_not_compile_says_why_and_leaves_nothing(cache, tmp_path):
 
 
 def test_a_cache_that_others_may_write_is_not_used(cache):
-    assert builder.cache_folder() == cache
+    assert builder.library_folder() == cache
     cache.chmod(0o777)
-    assert builder.cache_folder() != cache
+    assert builder.library_folder() != cache

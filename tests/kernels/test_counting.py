@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mocme_dist.kernels import builder, counting
-from mocme_dist.kernels.builder import cache_folder
+from mocme_dist.kernels.builder import library_folder
 from mocme_dist.kernels.counting import count_native, count_tiles, pair_distances, target_distances
 
 NOBODY = torch.zeros(0, dtype=torch.int64)
@@ -93,7 +93,7 @@ def test_what_cannot_be_built_is_said_and_gives_nothing(tmp_path, caplog, monkey
             assert builder.library(source) is None
         assert "cannot build the C++ kernels" in caplog.text
         assert "broken.cpp:1:" in caplog.text and "error:" in caplog.text  # the compiler's own words
-        assert not list(cache_folder().glob("broken*"))
+        assert not list(library_folder().glob("broken*"))
     monkeypatch.setattr(builder, "compiler", lambda: None)
     assert builder.library(tmp_path / "none.cpp") is None
 
@@ -122,7 +122,7 @@ def test_where_a_library_cannot_be_written_or_loaded_the_torch_form_runs(tmp_pat
     if builder.compiler() is None:
         pytest.skip("no C++ compiler")
     for name, patch, reason in (
-        ("absent", ("cache_folder", lambda: tmp_path / "absent"), "[Errno 2] No such file or directory"),
+        ("absent", ("library_folder", lambda: tmp_path / "absent"), "[Errno 2] No such file or directory"),
         ("noexec", ("ctypes.CDLL", _refuse), ""),
     ):
         source = tmp_path / f"{name}.cpp"
