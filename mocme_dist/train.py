@@ -75,7 +75,8 @@ def prepare_data(config: Config) -> None:
 
         use_ray = config.launch.mode == "ray"
         if use_ray:
-            start_ray(config)  # with room for the training too; extraction by itself would start a smaller one
+            # with room for the training too; extraction by itself would start a smaller one
+            start_ray(config.launch, config.encoders)
         extract_features(dataset, config.encoders, config.data.text_columns, wanted, use_ray, config.data.max_missing)
 
 
@@ -180,12 +181,13 @@ def plan_of(config: Config) -> Plan:
     """Return the plan of the run from its packed data set, without starting anything."""
     from mocme_dist.data.dataset import Dataset
     from mocme_dist.runs.launch import gpus_of_this_machine
-    from mocme_dist.training.plan import make_plan
+    from mocme_dist.training.plan import Planner
 
     dataset = Dataset.open(str(config.data.dataset))
     local = config.launch.mode == "local"
     world_size = torchrun_sizes()[0] if local else config.launch.min_workers
-    return make_plan(gpus_of_this_machine(config, 1 if local else world_size), dataset, world_size, under_ray=not local)
+    launch = gpus_of_this_machine(config.launch, 1 if local else world_size)
+    return Planner(config.model_copy(update={"launch": launch}), dataset, world_size).plan(under_ray=not local)
 
 
 def refuse_what_cannot_fit(config: Config) -> None:
@@ -200,13 +202,13 @@ def refuse_what_cannot_fit(config: Config) -> None:
 
     under_ray = config.launch.mode == "ray"
     if under_ray:
-        config = start_ray(config)
+        config = config.model_copy(update={"launch": start_ray(config.launch, config.encoders)})
     plan = plan_of(config)
     per_node = None if under_ray else torchrun_sizes()[1]
     nodes = node_memory(config.launch.cpus_per_worker, config.launch.gpus, per_node)
     if per_node is not None:  # torchrun: every machine counts like this one
         nodes = nodes * -(-plan.world_size // per_node)
-    check_plan(plan, config, [Node(*node) for node in nodes])
+    check_plan(plan, config.launch, config.features, [Node(*node) for node in nodes])
     log.info("plan: %s", plan.summary())
     for note in plan.notes:
         log.warning("plan: %s", note)

@@ -15,5 +15,5 @@ PLAIN: Config = load_config(
 )
 MODEL: ModelSettings = model_settings(PLAIN, 1)
 FUSION: FusionSettings = MODEL.fusion
-LOSS: LossSettings = loss_settings(PLAIN, compiled=False)
+LOSS: LossSettings = loss_settings(PLAIN.train, PLAIN.negatives, PLAIN.rotate.gamma, compiled=False)
 WEIGHTING: Weighting = LOSS.weighting

@@ -353,6 +353,11 @@ class Config(Section):
     launch: LaunchConfig = LaunchConfig()
     run: RunConfig = RunConfig()
 
+    @property
+    def num_negatives(self) -> int:
+        """Return N, the negatives per query; 0 if the loss compares all entities."""
+        return 0 if self.train.loss == "one_vs_all" else self.negatives.count
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.modalities != "auto" and len(set(self.modalities)) != len(self.modalities):

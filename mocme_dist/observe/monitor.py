@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mocme_dist.config import Config
 from mocme_dist.data.progress import Progress, duration
 from mocme_dist.errors import DataError, StorageError
 from mocme_dist.model.fusion import PairInformation
@@ -55,13 +54,13 @@ class Monitor:
         self,
         worker: Worker,
         run_log: RunLog,
-        config: Config,
         last_step: int,
         first_step: int,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """Continue after `first_step`, in the middle of an interval if `state` of an earlier monitor has one."""
-        self.worker, self.log, self.config = worker, run_log, config
+        self.worker, self.log, self.config = worker, run_log, worker.config
+        config = worker.config
         self.rank0 = worker.comm.rank == 0
         self.progress = Progress("training", last_step, "steps", start=first_step, active=self.rank0)
         self.progress.note = "compiling for the first step" if worker.compiled else ""

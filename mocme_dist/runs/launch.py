@@ -18,6 +18,7 @@ from typing import Any
 from mocme_dist import environment
 from mocme_dist.cluster import connect_ray, count_workers, may_grow
 from mocme_dist.config import Config
+from mocme_dist.config.encoders import EncodersConfig
 from mocme_dist.config.load import parse_config
 from mocme_dist.config.schema import LaunchConfig
 from mocme_dist.console import speak_to_driver
@@ -59,7 +60,8 @@ def launch(config: Config, task: str, lease: Lease | None = None, **arguments: A
     """
     directory = RunDirectory(config.run.dir)
     if config.launch.mode == "ray":
-        config = start_ray(config)  # before the signals: joining Ray installs its own handler of SIGTERM
+        # Before the signals: joining Ray installs its own handler of SIGTERM.
+        config = config.model_copy(update={"launch": start_ray(config.launch, config.encoders)})
     if task == "train" and config.run.resume != "auto":
         # Once, and here: workers that are restarted continue from their own newest checkpoint.
         if not is_follower(config.launch):
@@ -122,35 +124,34 @@ def _tune_process(config: LaunchConfig) -> None:
     keep_pages()
 
 
-def start_ray(config: Config) -> Config:
+def start_ray(launch: LaunchConfig, encoders: EncodersConfig) -> LaunchConfig:
     """Join or start a Ray that has room for extraction and for training, one after the other.
 
     Returns:
-        The configuration with the number of GPUs per worker resolved for this cluster.
+        The section with the number of GPUs per worker resolved for this cluster.
 
     Raises:
         ConfigError: there is no Ray, or it has too little room and cannot grow.
     """
     environment.set_defaults(_RAY_SETTINGS)
-    training, extraction = config.launch, config.encoders
-    cpus = max(training.max_workers * training.cpus_per_worker, extraction.actors * extraction.cpus_per_actor)
+    cpus = max(launch.max_workers * launch.cpus_per_worker, encoders.actors * encoders.cpus_per_actor)
     connect_ray(min_cpus=math.ceil(cpus))
     gpus = count_workers({"GPU": 1})
-    fitting = count_workers({"CPU": training.cpus_per_worker, "GPU": 1})
-    each, idle = choose_gpus(training, fitting, gpus)
+    fitting = count_workers({"CPU": launch.cpus_per_worker, "GPU": 1})
+    each, idle = choose_gpus(launch, fitting, gpus)
     if idle is not None and idle not in _logged:
         _logged.add(idle)
         log.warning("%s", idle)
-    config = with_gpus(config, each)
-    needed = resources_of(config.launch)
+    launch = launch.model_copy(update={"gpus_per_worker": each})
+    needed = resources_of(launch)
     have = count_workers(needed)
-    if have < training.min_workers and not may_grow():
+    if have < launch.min_workers and not may_grow():
         needs = " and ".join(f"{amount:g} {key}" for key, amount in needed.items())
         raise ConfigError(
-            f"launch: needs {training.min_workers} workers with {needs} each, this machine's Ray has room for {have}; "
+            f"launch: needs {launch.min_workers} workers with {needs} each, this machine's Ray has room for {have}; "
             "lower launch.workers, launch.cpus_per_worker or launch.gpus_per_worker"
         )
-    return config
+    return launch
 
 
 def choose_gpus(launch: LaunchConfig, fitting: int, gpus: int) -> tuple[float, str | None]:
@@ -182,18 +183,13 @@ def _idle(gpus: int) -> str:
     return f"{gpus} GPUs of the cluster stay idle" if gpus > 1 else "1 GPU of the cluster stays idle"
 
 
-def gpus_of_this_machine(config: Config, needed: int) -> Config:
-    """Return the configuration with auto resolved to one GPU per rank if torch sees `needed` of them, without Ray."""
-    if config.launch.gpus_per_worker != "auto":
-        return config
+def gpus_of_this_machine(launch: LaunchConfig, needed: int) -> LaunchConfig:
+    """Return the section with auto resolved to one GPU per rank if torch sees `needed` of them, without Ray."""
+    if launch.gpus_per_worker != "auto":
+        return launch
     import torch  # late, because it takes seconds
 
-    return with_gpus(config, float(torch.cuda.device_count() >= needed))
-
-
-def with_gpus(config: Config, each: float) -> Config:
-    """Return the configuration with this number of GPUs per worker."""
-    return config.model_copy(update={"launch": config.launch.model_copy(update={"gpus_per_worker": each})})
+    return launch.model_copy(update={"gpus_per_worker": float(torch.cuda.device_count() >= needed)})
 
 
 def _fit(config: Config, workers: int, folder: Path, task: str, arguments: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def run_training(
         held = comm.broadcast(held)
         with Progress("loading data and model", active=comm.rank == 0):
             worker = build_worker(config, open_dataset(config.data), comm)
-            run = TrainingRun(config, worker, directory, hooks, held)
+            run = TrainingRun(worker, directory, hooks, held)
         try:
             with beating(run.write_progress) if comm.rank == 0 else nullcontext():
                 run.train(stop or directory.stop_file.exists)
@@ -139,13 +139,9 @@ class TrainingRun(Reporter):
     """A training in a run directory: resumes, accepts changed settings, reports to files, and evaluates at the end."""
 
     def __init__(
-        self,
-        config: Config,
-        worker: Worker,
-        directory: RunDirectory,
-        hooks: Hooks | None = None,
-        held: Held | None = None,
+        self, worker: Worker, directory: RunDirectory, hooks: Hooks | None = None, held: Held | None = None
     ) -> None:
+        config = worker.config
         self.config, self.worker, self.comm, self.directory = config, worker, worker.comm, directory
         self.hooks, self.held = hooks or Hooks(), held
         if directory.storage.is_remote and held is None:
@@ -163,7 +159,7 @@ class TrainingRun(Reporter):
         step, last_step = self.loop.step, self.loop.last_step
         self.log = RunLog(directory.curve, directory.tensorboard, self.comm.rank == 0, step)
         monitored = None if saved is None else saved.manifest.get("monitor")
-        self.monitor = Monitor(worker, self.log, config, last_step, step, monitored)
+        self.monitor = Monitor(worker, self.log, last_step, step, monitored)
         self.profiler = StepProfiler(
             directory.path / "profile",
             config.run.profile,

@@ -18,7 +18,7 @@ from mocme_dist.config import Config
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore
 from mocme_dist.errors import CheckpointError
-from mocme_dist.model.mocme import MoCME
+from mocme_dist.model.mocme import MoCME, ModelSettings
 from mocme_dist.parallel.comm import pick_device
 from mocme_dist.training.build import block_rows, model_blocks, model_settings, resolve_modalities
 from mocme_dist.training.checkpoint import Saved, check_compatible, load_dense, read_rows
@@ -61,7 +61,8 @@ class RunRows:
         self.raw_widths = {
             name: self.store(name, 0, 0).width if name != "structure" else width for name in self.modalities
         }
-        self.model = load_model(self.raw_widths, config, dataset.num_relations, model_state(saved)).to(self.device)
+        settings = model_settings(config, len(self.modalities))
+        self.model = load_model(self.raw_widths, dataset.num_relations, settings, model_state(saved)).to(self.device)
 
     def store(self, name: str, first: int, last: int) -> FeatureStore:
         """Return the features of the entities [first, last) in a modality, mapped from disk."""
@@ -117,13 +118,15 @@ def model_state(saved: Saved) -> dict[str, Tensor]:
     return state
 
 
-def load_model(raw_widths: dict[str, int], config: Config, num_relations: int, state: dict[str, Tensor]) -> MoCME:
+def load_model(
+    raw_widths: dict[str, int], num_relations: int, settings: ModelSettings, state: dict[str, Tensor]
+) -> MoCME:
     """Return the model in evaluation mode with these weights.
 
     Raises:
         CheckpointError: the weights are of another model.
     """
-    model = MoCME(raw_widths, num_relations, model_settings(config, len(raw_widths)), config.train.seed)
+    model = MoCME(raw_widths, num_relations, settings)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

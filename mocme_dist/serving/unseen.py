@@ -30,6 +30,7 @@ from mocme_dist.serving.names import closest
 from mocme_dist.serving.predict import UnseenEntity
 from mocme_dist.serving.rows import load_model
 from mocme_dist.serving.structure_imputer import inputs_of
+from mocme_dist.training.build import model_settings
 
 _KEY = re.compile(r"(?:^|,)\s*([^=,]+?)\s*=")
 _FILES = ("image", "audio", "video")
@@ -167,7 +168,8 @@ class UnseenEntityEncoder:
             [] if self.statistics is None else [attribute.name for attribute in self.statistics.attributes]
         )
         state = {name: torch.from_numpy(np.array(value)) for name, value in bundle.dense.items()}
-        self.model = load_model(dict(bundle.manifest["raw_widths"]), self.config, bundle.num_relations, state)
+        raw_widths = dict(bundle.manifest["raw_widths"])
+        self.model = load_model(raw_widths, bundle.num_relations, model_settings(self.config, len(raw_widths)), state)
         self._encoders: dict[str, Encoder] = {}
         self.matrix = bundle.structure_imputer if bundle.manifest["structure_imputer"].get("used") else None
 

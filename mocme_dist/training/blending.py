@@ -31,7 +31,7 @@ from mocme_dist.kernels.counting import tiles
 from mocme_dist.kernels.evidence import evidence_kernels
 from mocme_dist.model.blocks import block_distances
 from mocme_dist.model.rotate import rotate
-from mocme_dist.training.evidence_plan import numeric_statistics, wanted_spaces
+from mocme_dist.training.evidence_plan import EvidencePlan, numeric_statistics
 from mocme_dist.training.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Blender:
 
     def __init__(self, worker: Worker) -> None:
         self.worker, self.config, self.comm = worker, worker.config, worker.comm
-        spaces = wanted_spaces(worker.config, worker.dataset, worker.comm.world_size)
+        spaces = EvidencePlan(worker.config, worker.dataset, worker.comm.world_size).spaces
         if 4 * (worker.last - worker.first) * worker.model.blocks.total > worker.config.evaluation.vectors_mb << 20:
             raise ConfigError(
                 "evidence.spaces: evidence needs all vectors of a rank in memory, which are more than"
@@ -251,7 +251,7 @@ def evaluate(
         ConfigError: the run does not have a modality that is to be hidden.
     """
     blender, blend = None, None
-    if split != "train" and wanted_spaces(worker.config, worker.dataset, worker.comm.world_size):
+    if split != "train" and EvidencePlan(worker.config, worker.dataset, worker.comm.world_size).spaces:
         blender = Blender(worker)
         blend = blender.blend(blend_file, step)
     if drop:

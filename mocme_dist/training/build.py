@@ -22,7 +22,8 @@ from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.config import Config
 from mocme_dist.config.evaluation import EvaluationConfig
 from mocme_dist.config.model import ExpertsConfig, FusionConfig
-from mocme_dist.config.schema import DataConfig, DeepSpeedConfig, FeaturesConfig
+from mocme_dist.config.schema import DataConfig, DeepSpeedConfig, EntitiesConfig, FeaturesConfig, NegativesConfig
+from mocme_dist.config.train import TrainConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import FeatureStore
 from mocme_dist.errors import ConfigError, DataError, MocmeError
@@ -81,7 +82,7 @@ def build_worker(config: Config, dataset: Dataset, comm: Comm) -> Worker:
         dataset.num_entities,
         QuerySampler(len(triples_T3), c.train.batch_size, c.train.seed),
         c.negatives.chunk_size,
-        0 if c.train.loss == "one_vs_all" else c.negatives.count,
+        c.num_negatives,
         comm.rank,
         comm.world_size,
         c.deepspeed.gradient_accumulation_steps,
@@ -101,15 +102,16 @@ def build_worker(config: Config, dataset: Dataset, comm: Comm) -> Worker:
     rows: nn.Embedding | None = None
     if in_engine:
         rows = row_parameter(partition, width, c.entities.init_range, c.train.seed, device)
-    module = StepModule(model, loss_settings(c, compiled, model.blocks.num, on_gpu), comm, timer, rows)
-    groups = parameter_groups(c, module)
+    loss = loss_settings(c.train, c.negatives, c.rotate.gamma, compiled, model.blocks.num, on_gpu)
+    module = StepModule(model, loss, comm, timer, rows)
+    groups = parameter_groups(module, c.train, c.entities, c.relations, c.mine)
     apart = "rows.weight" if in_engine else None
     engine = make_engine(module, groups, c.train.gradient_clipping, c.deepspeed, comm, apart)
 
     table = (
         EngineRows(engine, rows, partition, comm.rank)
         if rows is not None
-        else _make_table(c, partition, width, compiled, comm)
+        else _make_table(c.entities, c.train, partition, width, compiled, comm)
     )
     tally = Tally(device)
     graph_step = choose_graph(c, compiled, module, engine, table, tally, stores, seen_r, maker)
@@ -202,9 +204,10 @@ def _encodes_in_graph(on_gpu: bool, stage: int, rank: int) -> bool:
     return on_gpu and stage < 3
 
 
-def _make_table(config: Config, partition: RowPartition, width: int, compiled: bool, comm: Comm) -> EntityTable:
+def _make_table(
+    entities: EntitiesConfig, train: TrainConfig, partition: RowPartition, width: int, compiled: bool, comm: Comm
+) -> EntityTable:
     """Return this rank's rows of the entity table, at their initial values."""
-    entities, train = config.entities, config.train
     return EntityTable(
         partition,
         comm.rank,
@@ -354,20 +357,23 @@ def model_blocks(fusion: FusionConfig, experts: ExpertsConfig, modalities: Seque
     return make_blocks(fusion.form, len(modalities), experts.width)
 
 
-def loss_settings(config: Config, compiled: bool, blocks: int = 1, on_gpu: bool = False) -> LossSettings:
+def loss_settings(
+    train: TrainConfig, negatives: NegativesConfig, gamma: float, compiled: bool, blocks: int = 1, on_gpu: bool = False
+) -> LossSettings:
     """Return the loss that a configuration asks for.
 
     Args:
+        gamma: the setting rotate.gamma.
         compiled: use the compiled path instead of the plain one.
         blocks: number of blocks of a vector.
         on_gpu: whether the ranks have a GPU.
     """
-    n = config.negatives
+    n = negatives
     weighting = Weighting(
         n.weighting, n.easy_below, n.hard_from, n.weight_easy, n.weight_ambiguous, n.weight_hard, n.temperature
     )
-    recorded = compiled and on_gpu if config.train.cuda_graphs == "auto" else config.train.cuda_graphs
-    return LossSettings(config.train.loss, config.rotate.gamma, weighting, compiled, recorded, blocks)
+    recorded = compiled and on_gpu if train.cuda_graphs == "auto" else train.cuda_graphs
+    return LossSettings(train.loss, gamma, weighting, compiled, recorded, blocks)
 
 
 def use_compiler(choice: str, device: torch.device) -> bool:

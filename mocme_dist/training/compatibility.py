@@ -67,7 +67,7 @@ def changed_settings(then: Config, now: Config, but: tuple[str, ...] = ("run",))
     Args:
         but: sections that are not compared.
     """
-    before, after = _flat(then), _flat(now)
+    before, after = (_flat(config.model_dump(mode="json"), config.run.dir) for config in (then, now))
     return [
         f"{key} {_shown(before[key])} -> {_shown(value)}"
         for key, value in after.items()
@@ -87,17 +87,17 @@ def nothing_to_do(place: str, step: int, changed: list[str]) -> str:
     )
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    """Return the values by full key."""
+def _flat(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
+    """Return the values by full key, with paths inside the run's directory relative to it."""
     flat: dict[str, Any] = {}
-    waiting: list[tuple[str, Any]] = [("", config.model_dump(mode="json"))]
+    waiting: list[tuple[str, Any]] = [("", settings)]
     while waiting:
         prefix, values = waiting.pop(0)
         for key, value in values.items():
             if isinstance(value, dict):
                 waiting.append((f"{prefix}{key}.", value))
-            elif isinstance(value, str) and value.startswith(f"{config.run.dir}/"):
-                flat[f"{prefix}{key}"] = f"RUN_DIR{value.removeprefix(config.run.dir)}"
+            elif isinstance(value, str) and value.startswith(f"{run_dir}/"):
+                flat[f"{prefix}{key}"] = f"RUN_DIR{value.removeprefix(run_dir)}"
             else:
                 flat[f"{prefix}{key}"] = value
     return flat
@@ -149,5 +149,5 @@ def run_identity(config: Config, dataset: Dataset, modalities: tuple[str, ...], 
         "loss": c.train.loss,
         "batch_size": c.train.batch_size,
         "chunk_size": c.negatives.chunk_size,
-        "negatives": 0 if c.train.loss == "one_vs_all" else c.negatives.count,
+        "negatives": c.num_negatives,
     }

@@ -17,6 +17,7 @@ import torch
 from mocme_dist.batching.batch import BatchMaker
 from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.config import Config
+from mocme_dist.config.schema import FeaturesConfig, LaunchConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.features import features_manifest
 from mocme_dist.errors import ConfigError
@@ -32,7 +33,7 @@ from mocme_dist.training.build import (
     model_settings,
     resolve_modalities,
 )
-from mocme_dist.training.evidence_plan import evidence_bytes, evidence_time
+from mocme_dist.training.evidence_plan import EvidencePlan
 
 # Resident memory of a rank without data, measured on Linux with torch 2.13's CPU build: the interpreter with
 # torch, numpy and TensorBoard; what DeepSpeed, torch.compile (100 MiB with a warm cache, 280 without) and a Ray worker
@@ -132,166 +133,208 @@ def _size(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
-def make_plan(config: Config, dataset: Dataset, world_size: int, under_ray: bool) -> Plan:
-    """Return the plan of a run.
+@dataclass(frozen=True)
+class Planner:
+    """Counts what a run needs, from its configuration and packed data set; starts nothing.
 
-    Args:
-        dataset: the packed data set; missing features are counted with an assumed width.
+    Attributes:
+        dataset: missing features are counted with an assumed width.
         world_size: number of ranks.
-        under_ray: whether ranks are Ray workers.
     """
-    partition = RowPartition(dataset.num_entities, world_size)
-    first, last = partition.bounds(0)
-    rows = last - first
-    notes: list[str] = []
-    features, widths = _features(config, dataset, rows, notes)
-    with torch.device("meta"):
-        model = MoCME(widths, dataset.num_relations, model_settings(config, len(widths)))
-    dense = sum(p.numel() for p in model.parameters())
-    sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
-    requests = count_requests(config, dataset, sampler, partition)
-    resident = {
-        "process": PROCESS_BYTES + _process_extras(config, under_ray),
-        **_row_bytes(config, dataset.num_entities, rows, world_size, model.blocks.width),
-        **{f"features: {name}": size for name, size in features.items()},
-        "dense: values and gradients": 8 * dense,
-        "dense: moments": 8 * dense // (world_size if config.deepspeed.stage >= 1 else 1),
-        "batches: places of the pool": 4 * dataset.num_entities,
-        "batches: features made ahead": _ahead_bytes(config, widths, requests),
-    }
-    passing = {
-        "a step": _step_bytes(config, model, requests, world_size),
-        "a ranking": _ranking_bytes(config, model, dataset, rows) + evidence_bytes(config, dataset, world_size),
-        "a checkpoint": 12 * dense,
-    }
-    notes += _idle_ranks(config, world_size)
-    evidence_s, left_out = evidence_time(config, dataset, world_size)
-    notes += left_out
-    mapped = 24 * len(dataset.triples("train")) + sum(dataset.known(name).num_bytes for name in ("train", "all"))
-    in_engine = model.blocks.width * dataset.num_entities if config.entities.sharding == "zero" else 0
-    wire = wire_bytes(requests, model.blocks.total, dense + in_engine, world_size)
-    return Plan(
-        world_size,
-        rows,
-        dense,
-        sampler.steps_per_epoch,
-        requests,
-        resident,
-        passing,
-        wire,
-        mapped,
-        tuple(notes),
-        evidence_s,
-    )
 
+    config: Config
+    dataset: Dataset
+    world_size: int
 
-def _idle_ranks(config: Config, world_size: int) -> list[str]:
-    """Return a note if a batch has too few chunks for every rank to get one."""
-    parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
-    chunks, needed = config.train.batch_size // chunk, world_size * parts
-    if chunks >= needed:
-        return []
-    cut = f" in {parts} parts each" if parts > 1 else ""
-    return [
-        f"a batch has {chunks} chunk(s) of {chunk} queries for {world_size} ranks{cut}: some have none to score; "
-        "set train.batch_size "
-        f"to {needed * chunk:,} or a smaller negatives.chunk_size"
-    ]
+    @property
+    def partition(self) -> RowPartition:
+        """Return the ranges of entities of the ranks."""
+        return RowPartition(self.dataset.num_entities, self.world_size)
 
+    @property
+    def rows(self) -> int:
+        """Return the rows of the first rank, which has the most."""
+        first, last = self.partition.bounds(0)
+        return last - first
 
-def _row_bytes(config: Config, num_entities: int, rows: int, world_size: int, D: int) -> dict[str, int]:
-    """Return bytes of the table, its optimizer, and the engine's copies if it holds the table; D is the width of a
-    row."""
-    if config.entities.sharding == "zero":
-        parts = world_size if config.deepspeed.stage >= 1 else 1
-        whole = 4 * num_entities * D
-        # Flat copies, masters, buckets and temporaries of DeepSpeed's step: counted as measured, thirteen tables in
-        # all.
-        copies = 9 * whole if config.deepspeed.engine != "torch" else 2 * whole
-        return {
-            "rows": whole,
-            "rows: gradients": whole,
-            "rows: engine's copies": copies,
-            "rows: optimizer": 2 * whole // parts,
+    @property
+    def sampler(self) -> QuerySampler:
+        """Return the sampler of the run's queries."""
+        train = self.config.train
+        return QuerySampler(len(self.dataset.triples("train")), train.batch_size, train.seed)
+
+    def plan(self, under_ray: bool) -> Plan:
+        """Return the plan of the run.
+
+        Args:
+            under_ray: whether ranks are Ray workers.
+        """
+        config, dataset, world_size = self.config, self.dataset, self.world_size
+        notes: list[str] = []
+        features, widths = self._features(notes)
+        with torch.device("meta"):
+            model = MoCME(widths, dataset.num_relations, model_settings(config, len(widths)))
+        dense = sum(p.numel() for p in model.parameters())
+        requests = self.count_requests()
+        evidence = EvidencePlan(config, dataset, world_size)
+        resident = {
+            "process": PROCESS_BYTES + self._process_extras(under_ray),
+            **self._row_bytes(model.blocks.width),
+            **{f"features: {name}": size for name, size in features.items()},
+            "dense: values and gradients": 8 * dense,
+            "dense: moments": 8 * dense // (world_size if config.deepspeed.stage >= 1 else 1),
+            "batches: places of the pool": 4 * dataset.num_entities,
+            "batches: features made ahead": self._ahead_bytes(widths, requests),
         }
-    optimizer = choose_optimizer(config.entities.optimizer, num_entities)
-    # Pages of the state are allocated as rows are first touched: a short run needs less.
-    state = 4 * rows * sum(state_widths(optimizer, D).values())
-    return {"rows": {"float32": 4, "bfloat16": 2}[config.entities.dtype] * rows * D, "rows: optimizer": state}
+        passing = {
+            "a step": self._step_bytes(model, requests),
+            "a ranking": self._ranking_bytes(model) + evidence.num_bytes,
+            "a checkpoint": 12 * dense,
+        }
+        in_engine = model.blocks.width * dataset.num_entities if config.entities.sharding == "zero" else 0
+        return Plan(
+            world_size=world_size,
+            rows_per_rank=self.rows,
+            dense_parameters=dense,
+            steps_per_epoch=self.sampler.steps_per_epoch,
+            requests=requests,
+            resident=resident,
+            passing=passing,
+            wire=wire_bytes(requests, model.blocks.total, dense + in_engine, world_size),
+            mapped=24 * len(dataset.triples("train")) + sum(dataset.known(name).num_bytes for name in ("train", "all")),
+            notes=(*notes, *self._idle_ranks(), *evidence.notes()),
+            evidence_s=evidence.seconds if evidence.spaces else 0.0,
+        )
 
+    def _idle_ranks(self) -> list[str]:
+        """Return a note if a batch has too few chunks for every rank to get one."""
+        config, world_size = self.config, self.world_size
+        parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
+        chunks, needed = config.train.batch_size // chunk, world_size * parts
+        if chunks >= needed:
+            return []
+        cut = f" in {parts} parts each" if parts > 1 else ""
+        return [
+            f"a batch has {chunks} chunk(s) of {chunk} queries for {world_size} ranks{cut}: some have none to score; "
+            "set train.batch_size "
+            f"to {needed * chunk:,} or a smaller negatives.chunk_size"
+        ]
 
-def _process_extras(config: Config, under_ray: bool) -> int:
-    deepspeed = DEEPSPEED_BYTES if config.deepspeed.engine != "torch" else 0
-    return deepspeed + (COMPILER_BYTES if config.compile != "off" else 0) + (RAY_BYTES if under_ray else 0)
+    def _row_bytes(self, D: int) -> dict[str, int]:
+        """Return bytes of the table of width D, of its optimizer, and of the engine's copies if it holds the table."""
+        config, dataset = self.config, self.dataset
+        if config.entities.sharding == "zero":
+            parts = self.world_size if config.deepspeed.stage >= 1 else 1
+            whole = 4 * dataset.num_entities * D
+            # Flat copies, masters, buckets and temporaries of DeepSpeed's step: counted as measured, thirteen tables in
+            # all.
+            copies = 9 * whole if config.deepspeed.engine != "torch" else 2 * whole
+            return {
+                "rows": whole,
+                "rows: gradients": whole,
+                "rows: engine's copies": copies,
+                "rows: optimizer": 2 * whole // parts,
+            }
+        optimizer = choose_optimizer(config.entities.optimizer, dataset.num_entities)
+        # Pages of the state are allocated as rows are first touched: a short run needs less.
+        state = 4 * self.rows * sum(state_widths(optimizer, D).values())
+        return {"rows": {"float32": 4, "bfloat16": 2}[config.entities.dtype] * self.rows * D, "rows: optimizer": state}
 
+    def _process_extras(self, under_ray: bool) -> int:
+        deepspeed = DEEPSPEED_BYTES if self.config.deepspeed.engine != "torch" else 0
+        return deepspeed + (COMPILER_BYTES if self.config.compile != "off" else 0) + (RAY_BYTES if under_ray else 0)
 
-def _features(config: Config, dataset: Dataset, rows: int, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the bytes per rank of each modality's features, and the widths of the fused ones."""
-    sizes, widths = {}, {}
-    modalities = resolve_modalities(config.modalities, dataset)
-    if "structure" in modalities:
-        widths["structure"] = model_blocks(config.fusion, config.experts, modalities).width
-    for name in feature_modalities(config.modalities, config.evidence.spaces, dataset):
-        dataset.bring_features(name, 0, 0)
-        features = features_manifest(dataset.directory, name)
-        if features is not None:
-            width, share = features.width, features.present / max(dataset.num_entities, 1)
-            number_bytes = 2 if features.dtype == "float16" else 4
-        else:
-            width, share, number_bytes = (
-                ASSUMED_WIDTH,
-                dataset.modalities[name]["entities"] / max(dataset.num_entities, 1),
-                4,
-            )
-            notes.append(f"features of {name} are not extracted yet: counted with {width} numbers per entity")
-        values = 0 if config.features.residency == "mmap" else int(rows * share) * width * number_bytes
-        # Presence, and the position of each row's values.
-        sizes[name] = values + 9 * rows
-        if name in modalities:
-            widths[name] = width
-    return sizes, widths
+    def _features(self, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the bytes per rank of each modality's features, and the widths of the fused ones."""
+        config, dataset = self.config, self.dataset
+        sizes, widths = {}, {}
+        modalities = resolve_modalities(config.modalities, dataset)
+        if "structure" in modalities:
+            widths["structure"] = model_blocks(config.fusion, config.experts, modalities).width
+        for name in feature_modalities(config.modalities, config.evidence.spaces, dataset):
+            dataset.bring_features(name, 0, 0)
+            features = features_manifest(dataset.directory, name)
+            if features is not None:
+                width, share = features.width, features.present / max(dataset.num_entities, 1)
+                number_bytes = 2 if features.dtype == "float16" else 4
+            else:
+                width, share = ASSUMED_WIDTH, dataset.modalities[name]["entities"] / max(dataset.num_entities, 1)
+                number_bytes = 4
+                notes.append(f"features of {name} are not extracted yet: counted with {width} numbers per entity")
+            values = 0 if config.features.residency == "mmap" else int(self.rows * share) * width * number_bytes
+            # Presence, and the position of each row's values.
+            sizes[name] = values + 9 * self.rows
+            if name in modalities:
+                widths[name] = width
+        return sizes, widths
 
+    def count_requests(self) -> Requests:
+        """Return the requests between ranks, counted on the batches of the first steps."""
+        config, dataset, partition, sampler = self.config, self.dataset, self.partition, self.sampler
+        negatives = config.num_negatives
+        W, wanted, asked, sent = self.world_size, 0, 0, 0
+        if negatives == 0:  # every rank needs every vector
+            return Requests(dataset.num_entities, self.rows, (W - 1) * self.rows)
+        known, triples_T3 = dataset.known("train"), dataset.triples("train")
+        num_parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
+        makers = [
+            BatchMaker(triples_T3, known, partition.num_rows, sampler, chunk, negatives, rank, W, num_parts)
+            for rank in range(W)
+        ]
+        for step in range(min(_COUNTED_STEPS, sampler.steps_per_epoch)):
+            sent_W = np.zeros(W, dtype=np.int64)
+            for part in range(num_parts):
+                ids = [maker.make(step, part).ids_U for maker in makers]
+                cuts = [np.searchsorted(ids_U, partition.starts()) for ids_U in ids]
+                counts_WW = np.stack([np.diff(cut) for cut in cuts])
+                wanted = max(wanted, max(map(len, ids)))
+                sent_W += counts_WW.sum(0) - counts_WW.diagonal()
+                for owner in range(W):
+                    pieces = [ids_U[cut[owner] : cut[owner + 1]] for ids_U, cut in zip(ids, cuts, strict=True)]
+                    asked = max(asked, len(np.unique(np.concatenate(pieces))))
+            sent = max(sent, int(sent_W.max()))
+        return Requests(wanted, asked, sent)
 
-def count_requests(
-    config: Config, dataset: Dataset, sampler: QuerySampler, partition: RowPartition, first_step: int = 0
-) -> Requests:
-    """Return the requests between ranks, counted on the batches of a few steps."""
-    negatives = 0 if config.train.loss == "one_vs_all" else config.negatives.count
-    W, wanted, asked, sent = partition.num_parts, 0, 0, 0
-    if negatives == 0:  # every rank needs every vector
-        rows = partition.bounds(0)[1]
-        return Requests(partition.num_rows, rows, (W - 1) * rows)
-    known, triples_T3 = dataset.known("train"), dataset.triples("train")
-    num_parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
-    makers = [
-        BatchMaker(triples_T3, known, partition.num_rows, sampler, chunk, negatives, rank, W, num_parts)
-        for rank in range(W)
-    ]
-    for step in range(first_step, min(first_step + _COUNTED_STEPS, first_step + sampler.steps_per_epoch)):
-        sent_W = np.zeros(W, dtype=np.int64)
-        for part in range(num_parts):
-            ids = [maker.make(step, part).ids_U for maker in makers]
-            cuts = [np.searchsorted(ids_U, partition.starts()) for ids_U in ids]
-            counts_WW = np.stack([np.diff(cut) for cut in cuts])
-            wanted = max(wanted, max(map(len, ids)))
-            sent_W += counts_WW.sum(0) - counts_WW.diagonal()
-            for owner in range(W):
-                pieces = [ids_U[cut[owner] : cut[owner + 1]] for ids_U, cut in zip(ids, cuts, strict=True)]
-                asked = max(asked, len(np.unique(np.concatenate(pieces))))
-        sent = max(sent, int(sent_W.max()))
-    return Requests(wanted, asked, sent)
+    def _ahead_bytes(self, widths: dict[str, int], requests: Requests) -> int:
+        """Return the bytes of features in prefetched batches, which exist during rankings and checkpoints, too."""
+        if not looks_up_ahead(self.config.features, self.config.deepspeed, self.config.launch.gpus > 0):
+            return 0
+        return (DEPTH + 1) * requests.asked * 4 * sum(width for name, width in widths.items() if name != "structure")
+
+    def _step_bytes(self, model: MoCME, requests: Requests) -> int:
+        """Return the bytes of activations, exchanged vectors, loss and update in one step."""
+        config = self.config
+        D, n, blocks = model.blocks.total, config.negatives, model.blocks.num
+        one_vs_all = config.train.loss == "one_vs_all"
+        chunks = -(
+            -(config.train.batch_size // n.chunk_size)
+            // (self.world_size * config.deepspeed.gradient_accumulation_steps)
+        )
+        queries, candidates = chunks * n.chunk_size, requests.wanted if one_vs_all else n.count
+        pools = candidates if one_vs_all else chunks * n.count
+        vectors = requests.asked * D * 5 + (requests.wanted + requests.sent) * D * 2
+        loss = queries * D * 8 + pools * D * 3 + queries * candidates * 7 * blocks
+        if config.compile == "off":  # the plain form stores the differences to all candidates and their squares
+            loss += queries * candidates * D * 15 // 2
+        return 4 * (requests.asked * _numbers_per_entity(model, True) + vectors + loss)
+
+    def _ranking_bytes(self, model: MoCME) -> int:
+        """Return the bytes of fused vectors or a piece of them, of queries, of an encoded block, and a scored tile."""
+        config, dataset = self.config, self.dataset
+        D, evaluation = model.blocks.total, config.evaluation
+        held = min(4 * self.rows * D, evaluation.vectors_mb << 20)
+        queries = min(2 * max(len(dataset.triples(split)) for split in ("valid", "test")), 1 << 16)  # of one pass
+        block = block_rows(evaluation, dataset.num_entities) * _numbers_per_entity(model, False)
+        # The plain form stores (16, tile, D); the kernels store no distances.
+        tile = 3 * evaluation.query_block * evaluation.tile_rows + (
+            3 * 16 * evaluation.tile_rows * D if config.compile == "off" else 0
+        )
+        return held + 4 * (4 * queries * D + block + tile)
 
 
 def exchange_bytes(sent: int, width: int) -> int:
     """Return the bytes of `sent` fused vectors, which are float32 for any type of the engine."""
     return 4 * sent * width
-
-
-def _ahead_bytes(config: Config, widths: dict[str, int], requests: Requests) -> int:
-    """Return the bytes of features in prefetched batches, which exist during rankings and checkpoints, too."""
-    if not looks_up_ahead(config.features, config.deepspeed, config.launch.gpus > 0):
-        return 0
-    return (DEPTH + 1) * requests.asked * 4 * sum(width for name, width in widths.items() if name != "structure")
 
 
 def wire_bytes(requests: Requests, width: int, dense: int, world_size: int) -> dict[str, int]:
@@ -322,36 +365,7 @@ def _numbers_per_entity(model: MoCME, training: bool) -> int:
     return 3 * raw + 3 * len(mlp) * hidden + 6 * M * D + 6 * S * D + mine + 4 * D
 
 
-def _step_bytes(config: Config, model: MoCME, requests: Requests, world_size: int) -> int:
-    """Return the bytes of activations, exchanged vectors, loss and update in one step."""
-    D, n, blocks = model.blocks.total, config.negatives, model.blocks.num
-    one_vs_all = config.train.loss == "one_vs_all"
-    chunks = -(
-        -(config.train.batch_size // n.chunk_size) // (world_size * config.deepspeed.gradient_accumulation_steps)
-    )
-    queries, candidates = chunks * n.chunk_size, requests.wanted if one_vs_all else n.count
-    pools = candidates if one_vs_all else chunks * n.count
-    vectors = requests.asked * D * 5 + (requests.wanted + requests.sent) * D * 2
-    loss = queries * D * 8 + pools * D * 3 + queries * candidates * 7 * blocks
-    if config.compile == "off":  # the plain form stores the differences to all candidates and their squares
-        loss += queries * candidates * D * 15 // 2
-    return 4 * (requests.asked * _numbers_per_entity(model, True) + vectors + loss)
-
-
-def _ranking_bytes(config: Config, model: MoCME, dataset: Dataset, rows: int) -> int:
-    """Return the bytes of fused vectors or a piece of them, of queries, of an encoded block, and of a scored tile."""
-    D, evaluation = model.blocks.total, config.evaluation
-    held = min(4 * rows * D, evaluation.vectors_mb << 20)
-    queries = min(2 * max(len(dataset.triples(split)) for split in ("valid", "test")), 1 << 16)  # of one pass
-    block = block_rows(config.evaluation, dataset.num_entities) * _numbers_per_entity(model, False)
-    # The plain form stores (16, tile, D); the kernels store no distances.
-    tile = 3 * evaluation.query_block * evaluation.tile_rows + (
-        3 * 16 * evaluation.tile_rows * D if config.compile == "off" else 0
-    )
-    return held + 4 * (4 * queries * D + block + tile)
-
-
-def check_plan(plan: Plan, config: Config, nodes: Sequence[Node]) -> None:
+def check_plan(plan: Plan, launch: LaunchConfig, features: FeaturesConfig, nodes: Sequence[Node]) -> None:
     """Refuse a run that does not fit on the machines.
 
     Raises:
@@ -359,7 +373,7 @@ def check_plan(plan: Plan, config: Config, nodes: Sequence[Node]) -> None:
     """
     # With GPUs, step and ranking use their memory, which is unknown here; torch raises an error if it is full. Rows and
     # their state pass through the host when they are saved.
-    on_device = config.launch.gpus > 0
+    on_device = launch.gpus > 0
     needed = (
         sum(size for part, size in plan.resident.items() if not part.startswith("dense")) if on_device else plan.peak
     )
@@ -369,16 +383,17 @@ def check_plan(plan: Plan, config: Config, nodes: Sequence[Node]) -> None:
     shown = ", ".join(f"{node.name}: {_size(node.memory)} for {node.ranks}" for node in nodes[:4]) + (
         ", ..." if len(nodes) > 4 else ""
     )
-    raise ConfigError(f"plan: {plan.summary()}, but only {room} fit ({shown}); {'; '.join(_remedies(plan, config))}")
+    remedies = "; ".join(_remedies(plan, mapped=features.residency == "mmap"))
+    raise ConfigError(f"plan: {plan.summary()}, but only {room} fit ({shown}); {remedies}")
 
 
-def _remedies(plan: Plan, config: Config) -> list[str]:
-    """Return what to change, the largest saving first."""
+def _remedies(plan: Plan, mapped: bool) -> list[str]:
+    """Return what to change, the largest saving first; `mapped` says that features take no memory."""
     saved: dict[str, int] = {"more workers or nodes (launch.workers)": plan.resident["rows"]}
     if plan.resident["rows: optimizer"] > plan.resident["rows"]:
         saved["entities.optimizer=adagrad"] = plan.resident["rows: optimizer"]
     features = sum(size for name, size in plan.resident.items() if name.startswith("features: "))
-    if features and config.features.residency != "mmap":
+    if features and not mapped:
         saved["features.residency=mmap"] = features
     saved["a smaller experts.width"] = plan.resident["rows"] // 2
     transient = max(plan.passing, key=plan.passing.__getitem__)

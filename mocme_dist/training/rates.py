@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from mocme_dist.config import Config
+from mocme_dist.config.model import MineConfig, RelationsConfig
+from mocme_dist.config.schema import EntitiesConfig
+from mocme_dist.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,17 @@ class Schedule:
         )
 
 
-def parameter_groups(config: Config, module: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, train: TrainConfig, entities: EntitiesConfig, relations: RelationsConfig, mine: MineConfig
+) -> list[dict[str, Any]]:
     """Return Adam's groups of the dense part; a group with `scheduled` false keeps its rate.
 
     The statistics networks ascend at a constant rate, because they follow views that change until the end.
     """
-    train, entities = config.train, config.entities
     groups: dict[str, dict[str, Any]] = {
         "others": {"lr": train.learning_rate},
-        "relations": {"lr": config.relations.learning_rate or train.learning_rate},
-        "networks": {"lr": config.mine.learning_rate, "scheduled": False},
+        "relations": {"lr": relations.learning_rate or train.learning_rate},
+        "networks": {"lr": mine.learning_rate, "scheduled": False},
         "rows": {"lr": entities.learning_rate or train.learning_rate, "weight_decay": entities.row_weight_decay},
     }
     members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}

@@ -34,7 +34,7 @@ def worker(featured_dataset: Path, tmp_path: Path) -> Iterator[Worker]:
 
 def monitor_of(worker: Worker, folder: Path, step: int = 0, state: Any = None) -> Monitor:
     log = RunLog(folder / "metrics.jsonl", folder / "tensorboard", True, step)
-    return Monitor(worker, log, worker.config, 100, step, state)
+    return Monitor(worker, log, 100, step, state)
 
 
 def step_result(share: float, hard: float = 5.0, loss: float = 64.0) -> StepResult:

@@ -80,11 +80,11 @@ def test_a_gpu_that_is_asked_for_and_not_seen_is_an_error(monkeypatch):
 
 
 def test_a_plan_counts_the_gpus_of_this_machine(two_gpus):
-    config = load_config([], ["launch.workers=2"])
-    assert gpus_of_this_machine(config, 2).launch.gpus == 1
-    assert gpus_of_this_machine(config, 3).launch.gpus == 0
-    none = load_config([], ["launch.gpus_per_worker=0"])
-    assert gpus_of_this_machine(none, 1).launch.gpus == 0
+    launch = load_config([], ["launch.workers=2"]).launch
+    assert gpus_of_this_machine(launch, 2).gpus == 1
+    assert gpus_of_this_machine(launch, 3).gpus == 0
+    none = load_config([], ["launch.gpus_per_worker=0"]).launch
+    assert gpus_of_this_machine(none, 1).gpus == 0
 
 
 WITH_RAY = """
@@ -97,9 +97,10 @@ logging.basicConfig(level=logging.WARNING, format="%(message)s")
 ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, object_store_memory=100_000_000)
 found = {}
 for setting in ("auto", "0", "0.5"):
-    config = start_ray(load_config([], ["encoders.actors=1", f"launch.gpus_per_worker={setting}"]))
-    start_ray(config)
-    found[setting] = resources_of(config.launch)
+    config = load_config([], ["encoders.actors=1", f"launch.gpus_per_worker={setting}"])
+    launch = start_ray(config.launch, config.encoders)
+    start_ray(launch, config.encoders)
+    found[setting] = resources_of(launch)
 print(json.dumps(found))
 ray.shutdown()
 """

@@ -28,7 +28,7 @@ from mocme_dist.runs.task import find
 from mocme_dist.train import train
 from mocme_dist.training.blending import Blender, evaluate, places_made_worse
 from mocme_dist.training.build import build_worker, open_dataset
-from mocme_dist.training.evidence_plan import wanted_spaces
+from mocme_dist.training.evidence_plan import EvidencePlan
 from mocme_dist.training.loop import restore
 
 EVIDENCE = (
@@ -182,7 +182,7 @@ def test_a_blend_of_another_step_is_fitted_anew_and_a_torn_one_is_said(blended_r
 def test_spaces_that_are_not_there_are_refused_and_auto_takes_what_fits(featured_dataset, tmp_path):
     def spaces(*more: str) -> tuple[str, ...]:
         config = config_at(tmp_path, featured_dataset, *more)
-        return wanted_spaces(config, open_dataset(config.data), 1)
+        return EvidencePlan(config, open_dataset(config.data), 1).spaces
 
     assert spaces() == ("numeric", "coordinates", "model", "facts")
     assert spaces("evidence.spaces=[facts, numeric]") == ("numeric", "facts")

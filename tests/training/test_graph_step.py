@@ -54,7 +54,7 @@ def run(dataset: Path, folder: Path, *overrides: str, steps: int = 10**6) -> tup
     with communication(60) as comm:
         worker = build.build_worker(config, build.open_dataset(config.data), comm)
         with suppress(Preempted):
-            TrainingRun(config, worker, directory).train(stop)
+            TrainingRun(worker, directory).train(stop)
     return worker, losses(folder)
 
 

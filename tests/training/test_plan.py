@@ -17,16 +17,14 @@ from tiny_run import tiny_config
 
 from mocme_dist import cluster
 from mocme_dist import train as command
-from mocme_dist.batching.sampler import QuerySampler
 from mocme_dist.config import Config, load_config
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.errors import ConfigError, DataError
 from mocme_dist.parallel.comm import Comm
-from mocme_dist.partition import RowPartition
 from mocme_dist.prefetch import DEPTH
 from mocme_dist.training import plan as planning
 from mocme_dist.training.build import build_worker, open_dataset
-from mocme_dist.training.plan import Node, Plan, check_plan, count_requests, exchange_bytes, make_plan
+from mocme_dist.training.plan import Node, Plan, Planner, check_plan, exchange_bytes
 from tools.bench.rank import measure_ranks
 from tools.synthetic.packed import write_packed
 from tools.synthetic.planted import Planted
@@ -35,7 +33,7 @@ GIB = 1 << 30
 
 
 def plan_for(config: Config, world_size: int) -> Plan:
-    return make_plan(config, open_dataset(config.data), world_size, under_ray=False)
+    return Planner(config, open_dataset(config.data), world_size).plan(under_ray=False)
 
 
 def rank_bytes(comm: Comm, dataset: Path, run_dir: Path, optimizer: str) -> dict[str, Any]:
@@ -138,27 +136,26 @@ def test_bytes_on_the_wire_are_those_of_the_formula(run_ranks, featured_dataset,
     found = run_ranks(world, moved_bytes, featured_dataset, tmp_path / "run")
     config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure]")
     dataset = open_dataset(config.data)
-    sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
     monkeypatch.setattr(planning, "_COUNTED_STEPS", 1)  # the one step that was measured
-    requests = count_requests(config, dataset, sampler, RowPartition(dataset.num_entities, world))
+    requests = Planner(config, dataset, world).count_requests()
     assert exchange_bytes(requests.sent, config.experts.width) == max(found) > 0
     assert plan_for(config, world).wire["fused vectors"] == exchange_bytes(requests.sent, config.experts.width)
 
 
 def test_what_cannot_fit_is_refused_with_numbers_and_what_to_change(featured_dataset, tmp_path):
     config = tiny_config(featured_dataset, tmp_path / "run", "modalities=[structure, numeric]")
-    plan = plan_for(config, 3)
-    check_plan(plan, config, [Node("one", 3, 3 * plan.peak)])
-    check_plan(plan, config, [Node("one", 2, 9 * plan.peak), Node("two", 1, plan.peak)])
+    plan, sections = plan_for(config, 3), (config.launch, config.features)
+    check_plan(plan, *sections, [Node("one", 3, 3 * plan.peak)])
+    check_plan(plan, *sections, [Node("one", 2, 9 * plan.peak), Node("two", 1, plan.peak)])
     with pytest.raises(
         ConfigError,
         match=r"plan: 3 rank\(s\) need .* MiB each \(process .*\), but only 2 fit \(one: .* for 3\); .* saves up to",
     ):
-        check_plan(plan, config, [Node("one", 3, 3 * plan.peak - 1)])
+        check_plan(plan, *sections, [Node("one", 3, 3 * plan.peak - 1)])
     with pytest.raises(ConfigError, match=r"entities.optimizer=adagrad saves up to"):
         check_plan(
             Plan(**{**vars(plan), "resident": {**plan.resident, "rows": GIB, "rows: optimizer": 2 * GIB}}),
-            config,
+            *sections,
             [Node("one", 3, GIB)],
         )
 
@@ -262,7 +259,7 @@ def test_the_plan_that_the_clusters_readme_shows_has_the_lines_of_today(featured
 def test_evidence_adds_memory_and_time_and_is_left_out_where_it_takes_too_long(featured_dataset, tmp_path):
     def plan(*more: str):
         config = tiny_config(featured_dataset, tmp_path, "modalities=[structure, numeric]", *more)
-        return make_plan(config, Dataset.open(str(config.data.dataset)), 1, under_ray=False)
+        return Planner(config, Dataset.open(str(config.data.dataset)), 1).plan(under_ray=False)
 
     without, with_it, late = (
         plan(),

@@ -42,7 +42,9 @@ def make_batch(queries: int, negatives: int, width: int, chunk: int) -> dict[str
 
 def run(batch: dict[str, torch.Tensor], compiled: bool, graphs: bool = False) -> tuple[torch.Tensor, ...]:
     """Loss and gradients of one batch."""
-    settings = loss_settings(Config(), compiled)._replace(cuda_graphs=graphs)
+    config = Config()
+    settings = loss_settings(config.train, config.negatives, config.rotate.gamma, compiled)
+    settings = settings._replace(cuda_graphs=graphs)
     loss, _ = completion_loss(**batch, settings=settings)
     leaves = [value for value in batch.values() if value.requires_grad]
     return (loss.detach(), *torch.autograd.grad(loss, leaves))

@@ -84,7 +84,8 @@ def same_loss(model: EagerRotatE, given: Batch) -> bool:
     theirs.backward()
     rows_ED, phase_RC = (value.detach().clone().requires_grad_() for value in (model.entity, model.phase))
     vectors = rows_ED[given.source], phase_RC[given.relation], given.sign, rows_ED[given.target], rows_ED[given.pool]
-    settings = loss_settings(load_config([], [f"rotate.gamma={GAMMA}", "negatives.weighting=self_adversarial"]), True)
+    config = load_config([], ["negatives.weighting=self_adversarial"])
+    settings = loss_settings(config.train, config.negatives, GAMMA, compiled=True)
     ours, _ = completion_loss(*vectors, given.allowed, given.batch.weight_Gb, settings)
     ours = ours / given.batch.total
     ours.backward()

@@ -123,7 +123,7 @@ def run_rank(args: argparse.Namespace) -> dict[str, Any]:
             return parts
 
         worker.prepare = counted  # type: ignore[method-assign]
-        run = TrainingRun(config, worker, directory)
+        run = TrainingRun(worker, directory)
         with suppress(Preempted):  # as asked
             run.train(stop)
         found["trained_mb"] = memory_mb("VmHWM")

@@ -28,7 +28,7 @@ from mocme_dist.config import Config, load_config
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.partition import RowPartition
 from mocme_dist.train import resolve_paths
-from mocme_dist.training.plan import count_requests, exchange_bytes, make_plan
+from mocme_dist.training.plan import Planner, exchange_bytes
 from tools.bench.common import finish, row
 from tools.bench.rank import measure_ranks
 from tools.bench.scale_ranking import rank_shards, ranking_fraction
@@ -74,7 +74,7 @@ class Scale:
         overrides = [*LEAN, f"data.dataset={json.dumps(str(self.graph(num_entities)))}", *settings]
         ranks = measure_ranks(world_size, overrides, steps, **how)
         config = config_of(overrides)
-        plan = make_plan(config, Dataset.open(self.graph(num_entities)), world_size, under_ray=False)
+        plan = Planner(config, Dataset.open(self.graph(num_entities)), world_size).plan(under_ray=False)
         peak = max(rank["peak_mb"] for rank in ranks)
         if how.get("queries"):  # the plan is of a run that ranks, too
             self.errors[name] = plan.peak / 2**20 / peak - 1
@@ -285,7 +285,7 @@ def planned_bytes(config: Config, world_size: int) -> tuple[int, int]:
     dataset = Dataset.open(Path(str(config.data.dataset)))
     partition = RowPartition(dataset.num_entities, world_size)
     sampler = QuerySampler(len(dataset.triples("train")), config.train.batch_size, config.train.seed)
-    requests = count_requests(config, dataset, sampler, partition)
+    requests = Planner(config, dataset, world_size).count_requests()
     chunk, count = config.negatives.chunk_size, config.negatives.count
     most = 0
     for step in range(3):

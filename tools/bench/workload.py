@@ -157,7 +157,7 @@ def timed_steps(config: Config, steps: int, warmup: int, watch: bool = False) ->
             return len(marks) > last
 
         with suppress(Preempted):
-            TrainingRun(config, worker, directory).train(stop)
+            TrainingRun(worker, directory).train(stop)
         phases = {
             name: (total - before.get(name, 0.0)) / steps for name, total in after.items() if name != "checkpoint"
         }
@@ -206,7 +206,7 @@ def counted_steps(config: Config, steps: int, warmup: int) -> Counted:
 
     with communication(60) as comm, suppress(Preempted):
         worker = build_worker(config, open_dataset(config.data), comm)
-        TrainingRun(config, worker, directory).train(stop)
+        TrainingRun(worker, directory).train(stop)
     after = compiled()
     events = profiler.events() or []
     waits = sum(_is_read(event) or "Memcpy DtoH" in event.name for event in events)

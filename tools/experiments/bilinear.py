@@ -54,7 +54,7 @@ from mocme_dist.parallel.comm import single
 from mocme_dist.runs.directory import RunDirectory
 from mocme_dist.serving.rows import RunRows
 from mocme_dist.train import config_of_run
-from mocme_dist.training.evidence_plan import MODEL, numeric_statistics, wanted_spaces
+from mocme_dist.training.evidence_plan import MODEL, EvidencePlan, numeric_statistics
 
 _RANK_BLOCK = 512
 
@@ -297,7 +297,7 @@ def rotate_vectors(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:
 def make_evidence(config: Config, dataset: Dataset, z_ED: Tensor) -> Evidence:
     """Return the evidence of a run's configuration, of all entities."""
     E, settings, spaces = dataset.num_entities, config.evidence, list[Space]()
-    names = wanted_spaces(config, dataset, 1)
+    names = EvidencePlan(config, dataset, 1).spaces
     for name in ("text", "numeric", "image"):
         if (dataset.directory / "features" / name).is_dir():
             store = FeatureStore.open(dataset.directory, name, 0, E)
