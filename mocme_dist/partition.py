@@ -14,28 +14,28 @@ from mocme_dist.errors import ShapeError
 
 @dataclass(frozen=True)
 class RowPartition:
-    """`num_rows` ids over `num_parts` ranks: contiguous, sizes differ by at most one, the larger ones first."""
+    """`num_rows` ids over `num_ranks` ranks: contiguous, sizes differ by at most one, the larger ones first."""
 
     num_rows: int
-    num_parts: int
+    num_ranks: int
 
     def __post_init__(self) -> None:
-        if self.num_rows < 0 or self.num_parts < 1:
+        if self.num_rows < 0 or self.num_ranks < 1:
             raise ShapeError(
-                f"RowPartition: num_rows {self.num_rows} and num_parts {self.num_parts}, expected >= 0 and >= 1"
+                f"RowPartition: num_rows {self.num_rows} and num_ranks {self.num_ranks}, expected >= 0 and >= 1"
             )
 
-    def bounds(self, part: int) -> tuple[int, int]:
-        """Return the first id and one past the last id of `part`; equal if the part is empty."""
-        if not 0 <= part < self.num_parts:
-            raise ShapeError(f"RowPartition: part {part} of {self.num_parts}")
-        size, larger = divmod(self.num_rows, self.num_parts)
-        first = part * size + min(part, larger)
-        return first, first + size + (part < larger)
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """Return the first id and one past the last id of `rank`; equal if it has none."""
+        if not 0 <= rank < self.num_ranks:
+            raise ShapeError(f"RowPartition: rank {rank} of {self.num_ranks}")
+        size, larger = divmod(self.num_rows, self.num_ranks)
+        first = rank * size + min(rank, larger)
+        return first, first + size + (rank < larger)
 
     def starts(self) -> list[int]:
-        """Return the first id of each part, then `num_rows`: ascending numbers for a binary search."""
-        return [self.bounds(part)[0] for part in range(self.num_parts)] + [self.num_rows]
+        """Return the first id of each rank, then `num_rows`: ascending numbers for a binary search."""
+        return [self.bounds(rank)[0] for rank in range(self.num_ranks)] + [self.num_rows]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class BatchMaker:
         chunk_size: queries that share a pool.
         num_negatives: N; 0 makes every entity a candidate (one_vs_all).
         rank, world_size: the rank whose share is made, and their number.
-        parts: number of batches that a rank's share of a step is cut into.
+        num_micro_batches: number of batches that a rank's share of a step is cut into.
     """
 
     def __init__(
@@ -88,28 +88,29 @@ class BatchMaker:
         num_negatives: int,
         rank: int,
         world_size: int,
-        parts: int = 1,
+        num_micro_batches: int = 1,
     ) -> None:
         self.triples_T3, self.known, self.num_entities, self.sampler = triples_T3, known, num_entities, sampler
         self.chunk_size, self.num_negatives, self.rank, self.world_size = chunk_size, num_negatives, rank, world_size
         chunks = -(-min(sampler.batch_size, sampler.num_queries) // chunk_size)
-        self.parts, self.chunks_per_part = parts, -(-chunks // (world_size * parts))
+        self.num_micro_batches = num_micro_batches
+        self.chunks_per_micro_batch = -(-chunks // (world_size * num_micro_batches))
         self._slots = np.full(num_entities, -1, dtype=np.int32)
 
     @property
     def most_ids(self) -> int:
         """The most unique entities that a batch can have, unless the graph has fewer."""
-        G, b = self.chunks_per_part, self.chunk_size
+        G, b = self.chunks_per_micro_batch, self.chunk_size
         return 2 * G * b + (G * self.num_negatives if self.num_negatives else self.num_entities)
 
-    def make(self, step: int, part: int = 0) -> Batch:
-        """Return a part of this rank's share of the batch of `step`.
+    def make(self, step: int, number: int = 0) -> Batch:
+        """Return a micro-batch of this rank's share of the batch of `step`.
 
-        Shapes are the same for all steps, parts, ranks.
+        Shapes are the same for all steps, micro-batches and ranks.
         """
         queries = self.sampler.queries(step)
-        G, b = self.chunks_per_part, self.chunk_size
-        chunk_G = np.arange(part * G, (part + 1) * G) * self.world_size + self.rank
+        G, b = self.chunks_per_micro_batch, self.chunk_size
+        chunk_G = np.arange(number * G, (number + 1) * G) * self.world_size + self.rank
         index_Gb = chunk_G[:, None] * b + np.arange(b)[None]
         real_Gb = index_Gb < len(queries)
         query_Gb = queries[np.where(real_Gb, index_Gb, 0)]
@@ -158,7 +159,7 @@ class BatchMaker:
         G, b = source_Gb.shape
         known_GbN = np.zeros((G, b, pool_GN.shape[1]), dtype=bool)
         spans = self.known.spans(source_Gb.ravel(), relation_Gb.ravel(), direction_Gb.ravel())
-        start_Gb, length_Gb = (part.reshape(G, b) for part in spans)
+        start_Gb, length_Gb = (span.reshape(G, b) for span in spans)
         # For a hub's query each entity of the pool is searched in its answers: listing those could fill the memory.
         hub_Gb = length_Gb > _HUB * pool_GN.shape[1]
         short_Gb = np.where(hub_Gb, 0, length_Gb)

@@ -200,7 +200,7 @@ class NegativesConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """The engine of the dense part."""
+    """The engine of the dense parameters."""
 
     engine: Literal["auto", "deepspeed", "torch"] = Field(
         "auto",
@@ -220,7 +220,8 @@ class DeepSpeedConfig(Section):
         "add up.",
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="cpu: master weights and moments of the dense part in host memory; needs stage 1, 2 or 3."
+        "none",
+        description="cpu: master weights and moments of the dense parameters in host memory; needs stage 1, 2 or 3.",
     )
 
     @model_validator(mode="after")

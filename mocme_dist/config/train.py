@@ -27,7 +27,7 @@ class TrainConfig(Section):
     learning_rate: float = Field(3e-3, gt=0, le=1e30, description="Learning rate of the dense parameters.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
-        description="Schedule of the learning rates of the dense part, relations and rows; linear and cosine end at "
+        description="Schedule of the learning rates of dense parameters, relations and rows; linear and cosine end at "
         "zero. A run resumed with more epochs follows the longer schedule from there on.",
     )
     warmup_steps: int = Field(
@@ -42,8 +42,8 @@ class TrainConfig(Section):
     one_graph: Literal["auto"] | bool = Field(
         "auto",
         description="Compile forward and backward of a step as one graph of fixed shapes. auto: on a GPU, where it "
-        "holds: one rank, compile, one part per step, float32 rows beside the engine, and deepspeed.engine=torch or "
-        "stage 0. true works on a CPU, too.",
+        "holds: one rank, compile, one micro-batch per step, float32 rows beside the engine, and "
+        "deepspeed.engine=torch or stage 0. true works on a CPU, too.",
     )
     cuda_graphs: Literal["auto"] | bool = Field(
         "auto",
@@ -61,7 +61,7 @@ class TrainConfig(Section):
         0.0,
         ge=0,
         le=1e9,
-        description="Largest global gradient norm, of the dense part and the rows together; 0 is off.",
+        description="Largest global gradient norm, of dense parameters and rows together; 0 is off.",
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the weights, the batches and the negatives.")
     log_every: int = Field(50, ge=1, le=10**9, description="Steps between two lines of metrics.jsonl.")

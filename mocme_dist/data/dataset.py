@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mocme_dist.data.files import check_files, read_json, sweep, verify_once
 from mocme_dist.data.graph import fingerprint
-from mocme_dist.data.known import PARTS, KnownAnswers, check_range, load_integers
+from mocme_dist.data.known import ARRAYS, KnownAnswers, check_range, load_integers
 from mocme_dist.data.labels import ENTITY_LABELS, RELATION_LABELS
 from mocme_dist.data.manifests import DatasetManifest, checked
 from mocme_dist.data.remote_storage import RemoteStorage
@@ -33,7 +33,7 @@ _GRAPH = (
     "entities.parquet",
     "relations.parquet",
     *(f"{split}.npy" for split in SPLITS),
-    *(f"known_{name}_{part}.npy" for name in ("train", "all") for part in PARTS),
+    *(f"known_{name}_{array}.npy" for name in ("train", "all") for array in ARRAYS),
 )
 _AGAIN = "pack the data set again"
 

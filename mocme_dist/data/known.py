@@ -16,7 +16,7 @@ from mocme_dist.data.tensors import map_array
 from mocme_dist.errors import DataError, ShapeError
 
 Integers = NDArray[np.int64]
-PARTS = ("keys", "offsets", "targets")
+ARRAYS = ("keys", "offsets", "targets")
 # Numbers checked at a time: 32 MiB.
 _CHECKED = 1 << 22
 
@@ -62,9 +62,9 @@ class KnownAnswers:
 
     def save(self, directory: Path, name: str) -> None:
         """Write known_NAME_{keys,offsets,targets}.npy into `directory`."""
-        for part in PARTS:
-            with atomic_path(directory / f"known_{name}_{part}.npy") as temporary, temporary.open("wb") as file:
-                np.save(file, getattr(self, part), allow_pickle=False)
+        for array in ARRAYS:
+            with atomic_path(directory / f"known_{name}_{array}.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, getattr(self, array), allow_pickle=False)
 
     @classmethod
     def load(cls, directory: Path, name: str, num_relations: int) -> KnownAnswers:
@@ -73,7 +73,7 @@ class KnownAnswers:
         Raises:
             DataError: a file is missing or not an array of integers, or the three do not fit together.
         """
-        keys, offsets, targets = (load_integers(directory / f"known_{name}_{part}.npy") for part in PARTS)
+        keys, offsets, targets = (load_integers(directory / f"known_{name}_{array}.npy") for array in ARRAYS)
         if (
             keys.ndim != 1
             or targets.ndim != 1
@@ -103,14 +103,14 @@ class KnownAnswers:
             "offsets": len(self.targets) + 1,
             "targets": num_entities,
         }
-        for part, limit in bounds.items():
-            check_range(getattr(self, part), limit, where, f"known answers, {part}", again)
-        for part in ("keys", "offsets"):
-            array = getattr(self, part)
+        for name, limit in bounds.items():
+            check_range(getattr(self, name), limit, where, f"known answers, {name}", again)
+        for name in ("keys", "offsets"):
+            array = getattr(self, name)
             for start in range(0, len(array) - 1, _CHECKED):
                 piece = array[start : start + _CHECKED + 1]
                 if (piece[1:] <= piece[:-1]).any():
-                    raise DataError(f"{where.absolute()}: known answers: {part} do not ascend; {again}")
+                    raise DataError(f"{where.absolute()}: known answers: {name} do not ascend; {again}")
 
     @property
     def num_bytes(self) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mocme_dist.evaluation.ranking import Answers, Queries
+from mocme_dist.data.known import KnownAnswers
+from mocme_dist.evaluation.ranking import Queries
 from mocme_dist.evidence.facts import Facts, Integers
 from mocme_dist.evidence.rules import find_rules, look_up, rule_scores
 from mocme_dist.evidence.votes import Asked
@@ -20,7 +21,7 @@ from mocme_dist.evidence.votes import Asked
 _QUERIES = 4096
 
 
-def frequency_ranks(queries: Queries, known: Answers, facts: Facts) -> NDArray[np.float64]:
+def frequency_ranks(queries: Queries, known: KnownAnswers, facts: Facts) -> NDArray[np.float64]:
     """(Q,) filtered ranks by the number of training facts in which a candidate answers the relation and direction."""
     rank_Q = np.zeros(len(queries.source))
     place_Q = 2 * queries.relation + queries.direction
@@ -42,7 +43,7 @@ def frequency_ranks(queries: Queries, known: Answers, facts: Facts) -> NDArray[n
     return rank_Q
 
 
-def rule_ranks(queries: Queries, known: Answers, facts: Facts) -> NDArray[np.float64]:
+def rule_ranks(queries: Queries, known: KnownAnswers, facts: Facts) -> NDArray[np.float64]:
     """(Q,) filtered ranks by the most confident rule that leads from a training fact of the source to a candidate."""
     rules, rank_Q = find_rules(facts), np.zeros(len(queries.source))
     for start in range(0, len(rank_Q), _QUERIES):
@@ -62,7 +63,7 @@ def rule_ranks(queries: Queries, known: Answers, facts: Facts) -> NDArray[np.flo
     return rank_Q
 
 
-def _not_competing(queries: Queries, known: Answers) -> tuple[Integers, Integers]:
+def _not_competing(queries: Queries, known: KnownAnswers) -> tuple[Integers, Integers]:
     """Distinct pairs (query, entity): known answers, and the target."""
     offsets, targets = known.lookup(queries.source, queries.relation, queries.direction)
     query = np.repeat(np.arange(len(queries.source)), np.diff(offsets))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mocme_dist.data.known import KnownAnswers
 from mocme_dist.evaluation.ranking import (
-    Answers,
     Queries,
     Ranks,
     RowShard,
@@ -29,7 +29,7 @@ from mocme_dist.evaluation.ranking import (
 from mocme_dist.evidence.terms import Evidence, Prepared
 from mocme_dist.evidence.votes import LAST, Asked
 from mocme_dist.kernels.builder import call
-from mocme_dist.kernels.counting import PLAIN_QUERIES, kernels_for, part_distances, tile_distances, tiles
+from mocme_dist.kernels.counting import PLAIN_QUERIES, block_pair_distances, kernels_for, tile_distances, tiles
 from mocme_dist.model.blocks import block_distances
 from mocme_dist.model.rotate import rotate
 from mocme_dist.parallel.comm import Comm
@@ -46,10 +46,10 @@ def blended_targets(
     if kernels is not None:
         each_Q = torch.arange(len(query_QD))
         return _scores(
-            part_distances(query_QD, target_QD, each_Q, each_Q, weight_QP.shape[1], kernels), weight_QP, bias_Q
+            block_pair_distances(query_QD, target_QD, each_Q, each_Q, weight_QP.shape[1], kernels), weight_QP, bias_Q
         )
     padded_TD = torch.cat([target_QD, target_QD.new_zeros(tile_rows - len(query_QD), target_QD.shape[1])])
-    distance_QTP = _parts_of_tile(query_QD, padded_TD, weight_QP.shape[1], compiled)
+    distance_QTP = _blocks_of_tile(query_QD, padded_TD, weight_QP.shape[1], compiled)
     return _scores(distance_QTP.diagonal().T, weight_QP, bias_Q).contiguous()
 
 
@@ -71,7 +71,7 @@ def count_blended(
 
     Args:
         query_QD: (Q, D) rotated sources.
-        weight_QP: (Q, P) weights of the distances of the vectors' P parts, none negative.
+        weight_QP: (Q, P) weights of the distances of the vectors' P blocks, none negative.
         target_Q: scores of `blended_targets`.
         rows_rD: (r, D) candidates.
         bias_ur: (u, r) float32, finite.
@@ -99,17 +99,17 @@ def count_native_blended(
     kernels: ctypes.CDLL,
 ) -> Tensor:
     """`count_blended` by the kernel."""
-    (Q, D), parts = query_QD.shape, weight_QP.shape[1]
+    (Q, D), num_blocks = query_QD.shape, weight_QP.shape[1]
     query_QD, rows_rD, bias_ur, weight_QP = (
-        part.float().contiguous() for part in (query_QD, rows_rD, bias_ur, weight_QP)
+        value.float().contiguous() for value in (query_QD, rows_rD, bias_ur, weight_QP)
     )
     # Adjacent queries share a pass and stop together, so those that stop at the same distance are put together.
     order_Q = (target_Q / weight_QP.sum(1).clamp_min(1e-30)).argsort(descending=True)
     counts_2Q, sorted_Q = torch.zeros(2, Q, dtype=torch.int64), target_Q[order_Q]
     arrays = (query_QD[order_Q], rows_rD, weight_QP[order_Q], bias_ur, which_Q[order_Q], sorted_Q, counts_2Q)
-    call(kernels, "mocme_count_blended", arrays, (Q, len(rows_rD), D // 2, parts), threads=torch.get_num_threads())
+    call(kernels, "mocme_count_blended", arrays, (Q, len(rows_rD), D // 2, num_blocks), threads=torch.get_num_threads())
     counts_2Q[:, order_Q] = counts_2Q.clone()
-    distance_PP = part_distances(query_QD, rows_rD, skip_query, skip_row, parts, kernels)
+    distance_PP = block_pair_distances(query_QD, rows_rD, skip_query, skip_row, num_blocks, kernels)
     skipped = _scores(distance_PP, weight_QP[skip_query], bias_ur[which_Q[skip_query], skip_row])
     return _leave_out(counts_2Q, skipped, target_Q, skip_query)
 
@@ -133,7 +133,7 @@ def count_tiles_blended(
     counts_2Q = torch.zeros(2, len(query_QD), dtype=torch.int64, device=rows_rD.device)
     skip_row = skip_row.contiguous()
     for start, count, tile_TD in tiles(rows_rD, tile_rows):
-        distance_QTP = _parts_of_tile(query_QD, tile_TD, weight_QP.shape[1], compiled)[:, :count]
+        distance_QTP = _blocks_of_tile(query_QD, tile_TD, weight_QP.shape[1], compiled)[:, :count]
         score_QT = _scores(distance_QTP, weight_QP[:, None], bias_ur[:, start : start + count][which_Q])
         counts_2Q += torch.stack([_above(score_QT, target_Q[:, None]).sum(1), (score_QT == target_Q[:, None]).sum(1)])
         low, high = torch.searchsorted(skip_row, torch.tensor([start, start + count], device=skip_row.device)).tolist()
@@ -142,22 +142,23 @@ def count_tiles_blended(
     return counts_2Q
 
 
-def _parts_of_tile(query_QD: Tensor, tile_TD: Tensor, parts: int, compiled: bool) -> Tensor:
+def _blocks_of_tile(query_QD: Tensor, tile_TD: Tensor, num_blocks: int, compiled: bool) -> Tensor:
     """(Q, T, P) distances of the blocks of the vectors."""
-    if parts == 1:
+    if num_blocks == 1:
         return tile_distances(query_QD, tile_TD, compiled)[..., None]
     if compiled:
-        return block_distances(query_QD, tile_TD, parts).permute(1, 2, 0)
+        return block_distances(query_QD, tile_TD, num_blocks).permute(1, 2, 0)
     # The plain form stores a few queries' differences at a time.
-    found = [block_distances(part, tile_TD, parts, False).permute(1, 2, 0) for part in query_QD.split(PLAIN_QUERIES)]
+    some = query_QD.split(PLAIN_QUERIES)
+    found = [block_distances(some_QD, tile_TD, num_blocks, False).permute(1, 2, 0) for some_QD in some]
     return torch.cat(found)
 
 
 def _scores(distance: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Bias less the weighted distances, whose parts are the last dimension, added up in order."""
+    """Bias less the weighted distances, whose blocks are the last dimension, added up in order."""
     total = weight[..., 0] * distance[..., 0]
-    for part in range(1, distance.shape[-1]):
-        total = total + weight[..., part] * distance[..., part]
+    for block in range(1, distance.shape[-1]):
+        total = total + weight[..., block] * distance[..., block]
     return bias - total
 
 
@@ -180,13 +181,13 @@ class BlendInputs(NamedTuple):
         shard: this rank's vectors.
         known: answers that do not compete with the target.
         evidence: of this rank's entities.
-        tables: (places, terms) weights, those of the model's parts first; each table gives ranks of its own.
+        tables: (places, terms) weights, those of the model's blocks first; each table gives ranks of its own.
         sizes: of blocks.
     """
 
     phase_of: Callable[[Tensor], Tensor]
     shard: Vectors
-    known: Answers
+    known: KnownAnswers
     evidence: Evidence
     tables: Sequence[Tensor]
     sizes: Sizes
@@ -209,7 +210,7 @@ class _Block(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """The queries of a pass, their evidence, and the weights of each table as (model's parts, terms).
+    """The queries of a pass, their evidence, and the weights of each table as (model's blocks, terms).
 
     `index_N` has the position of each query among the distinct ones.
     """
@@ -263,8 +264,8 @@ def _rank_pass(queries: Queries, inputs: BlendInputs, comm: Comm) -> list[Ranks]
     counts_T2N = torch.zeros(len(work.tables), 2, total, dtype=torch.int64, device=comm.device)
     for piece in inputs.shard.pieces():
         for start in range(0, len(piece.z_rD), ROWS):
-            part = RowShard(piece.z_rD[start : start + ROWS], piece.first + start)
-            _count_part(part, work, score_2TN[1], inputs, counts_T2N)
+            rows = RowShard(piece.z_rD[start : start + ROWS], piece.first + start)
+            _count_rows(rows, work, score_2TN[1], inputs, counts_T2N)
     counts = comm.sum(counts_T2N).cpu().numpy()
     before_TN = (
         (_above(score_2TN[0], score_2TN[1]).double() + (score_2TN[0] == score_2TN[1]).double() / 2).cpu().numpy()
@@ -289,18 +290,18 @@ def _make_pass(queries: Queries, inputs: BlendInputs, comm: Comm) -> _Pass:
         at_Q = torch.from_numpy(at).to(device)
         query_QD = rotate(both_ND[at_Q], phase_QC, sign_Q)
         blocks.append(_Block(query_QD, at_Q, queries.take(slice(start, start + size)), index_N[at]))
-    parts = inputs.tables[0].shape[1] - len(inputs.evidence.terms)
-    needed_PT = torch.stack([table[:, parts:] for table in inputs.tables]).any(0).numpy()
+    num_blocks = inputs.tables[0].shape[1] - len(inputs.evidence.terms)
+    needed_PT = torch.stack([table[:, num_blocks:] for table in inputs.tables]).any(0).numpy()
     prepared = inputs.evidence.prepare(asked, needed_PT)
     place_N = torch.from_numpy(2 * queries.relation + queries.direction)
     unknown_N = ~both_ND[:total].any(1)
     weights = [table[place_N].to(device) for table in inputs.tables]
-    tables = [(_of_model(one[:, :parts], one[:, parts:], unknown_N), one[:, parts:]) for one in weights]
+    tables = [(_of_model(one[:, :num_blocks], one[:, num_blocks:], unknown_N), one[:, num_blocks:]) for one in weights]
     return _Pass(blocks, index_N, both_ND, prepared, tables)
 
 
 def _of_model(weight_NP: Tensor, weight_NF: Tensor, unknown_N: Tensor) -> Tensor:
-    """Weights of the model's parts: 0 for sources of which it has no vector, where evidence can answer instead.
+    """Weights of the model's blocks: 0 for sources of which it has no vector, where evidence can answer instead.
 
     Distances from zeros would rank candidates by their lengths.
     """
@@ -341,14 +342,14 @@ def _put_last(bias_qn: Tensor, weight_qF: Tensor, unknown_n: Tensor, known_n: Te
         bias_qn[:, unknown] = torch.where(by_evidence_qu, bias_qn[:, unknown], LAST)
 
 
-def _count_part(part: RowShard, work: _Pass, target_TN: Tensor, inputs: BlendInputs, counts_T2N: Tensor) -> None:
+def _count_rows(shard: RowShard, work: _Pass, target_TN: Tensor, inputs: BlendInputs, counts_T2N: Tensor) -> None:
     """Add the counts of all queries of the pass over some rows, under every table."""
-    evidence, device = inputs.evidence, part.z_rD.device
-    rows = np.arange(len(part.z_rD)) + part.first - evidence.first
-    unknown_r = ~part.z_rD.any(1)
-    known_r = evidence.known_r[part.first - evidence.first :][: len(part.z_rD)]
+    evidence, device = inputs.evidence, shard.z_rD.device
+    rows = np.arange(len(shard.z_rD)) + shard.first - evidence.first
+    unknown_r = ~shard.z_rD.any(1)
+    known_r = evidence.known_r[shard.first - evidence.first :][: len(shard.z_rD)]
     for block in work.blocks:
-        pairs = excluded(block.asked, inputs.known, part.first, len(part.z_rD))
+        pairs = excluded(block.asked, inputs.known, shard.first, len(shard.z_rD))
         skip_query, skip_row = (torch.from_numpy(pair).to(device) for pair in pairs)
         # Queries of one source and place that ask for several targets share their terms.
         index_u, place_u, inverse_Q = np.unique(block.index_Q, return_index=True, return_inverse=True)
@@ -357,7 +358,7 @@ def _count_part(part: RowShard, work: _Pass, target_TN: Tensor, inputs: BlendInp
             weight_uF = weight_NF[block.at[torch.from_numpy(place_u).to(device)]]
             bias_ur = evidence.bias(weight_uF, work.prepared, index_u, rows)
             _put_last(bias_ur, weight_uF, unknown_r, known_r)
-            pool = (block.query_QD, model_NP[block.at], target_TN[turn, block.at], part.z_rD, bias_ur, which_Q)
+            pool = (block.query_QD, model_NP[block.at], target_TN[turn, block.at], shard.z_rD, bias_ur, which_Q)
             found_2Q = count_blended(*pool, skip_query, skip_row, inputs.sizes.tile_rows, inputs.sizes.compiled)
             asked = len(block.asked.source)
             counts_T2N[turn, :, block.at[:asked]] += found_2Q[:, :asked]

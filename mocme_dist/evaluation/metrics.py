@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mocme_dist.data.known import KnownAnswers
 from mocme_dist.evaluation.baselines import frequency_ranks, rule_ranks
-from mocme_dist.evaluation.ranking import Answers, Queries, Ranks
+from mocme_dist.evaluation.ranking import Queries, Ranks
 from mocme_dist.evidence.facts import Facts
 
 HITS = (1, 3, 10)
@@ -71,7 +72,7 @@ def counted_metrics(rank_Q: np.ndarray) -> dict[str, float]:
 
 
 def breakdown(
-    queries: Queries, ranks: Ranks, facts: Facts, known: Answers, relation_names: Sequence[str]
+    queries: Queries, ranks: Ranks, facts: Facts, known: KnownAnswers, relation_names: Sequence[str]
 ) -> dict[str, Any]:
     """Figures of groups of queries, and of baselines; docs/evaluation.md describes each field.
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mocme_dist.data.known import KnownAnswers
 from mocme_dist.kernels.counting import count, target_distances
 from mocme_dist.model.rotate import rotate
 from mocme_dist.parallel.comm import Comm
@@ -31,13 +32,6 @@ _PASS_QUERIES = 1 << 16
 _SAMPLE_SEED = 20240607
 # Coordinates of an unknown candidate: its distances are finite in float32, and equal for all unknown candidates.
 _FAR = 1e18
-
-
-class Answers(Protocol):
-    """Known answers of queries (data/known.py has it)."""
-
-    def lookup(self, source: np.ndarray, relation: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Offsets (Q + 1,) and flat targets of Q queries."""
 
 
 class Queries(NamedTuple):
@@ -166,7 +160,7 @@ def as_candidates(z_nD: Tensor) -> Tensor:
     return torch.where(unknown_n[:, None], _FAR, z_nD) if bool(unknown_n.any()) else z_nD
 
 
-def source_competes(queries: Queries, known: Answers) -> np.ndarray:
+def source_competes(queries: Queries, known: KnownAnswers) -> np.ndarray:
     """(Q,) whether each query's source is a candidate: it is neither the target nor a known answer."""
     offsets, targets = known.lookup(queries.source, queries.relation, queries.direction)
     query = np.repeat(np.arange(len(queries.source)), np.diff(offsets))
@@ -174,7 +168,7 @@ def source_competes(queries: Queries, known: Answers) -> np.ndarray:
     return np.asarray(~is_answer & (queries.source != queries.target))
 
 
-def excluded(queries: Queries, known: Answers, first: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def excluded(queries: Queries, known: KnownAnswers, first: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (query, local row) of these rows that do not compete: known answers and the target itself, by row."""
     offsets, targets = known.lookup(queries.source, queries.relation, queries.direction)
     query = np.concatenate(
@@ -188,7 +182,7 @@ def excluded(queries: Queries, known: Answers, first: int, num_rows: int) -> tup
 
 
 def _make_block(
-    queries: Queries, asked: int, phase_QC: Tensor, both_2QD: Tensor, known: Answers, sizes: Sizes
+    queries: Queries, asked: int, phase_QC: Tensor, both_2QD: Tensor, known: KnownAnswers, sizes: Sizes
 ) -> _Block:
     """One block of queries, the first `asked` no filling; both_2QD: its sources, then its targets."""
     Q = len(queries.source)
@@ -202,7 +196,7 @@ def _make_block(
     return _Block(query_QD, target_Q, some, before_Q[:asked].cpu().numpy() * source_competes(some, known))
 
 
-def count_block(block: _Block, piece: RowShard, known: Answers, sizes: Sizes) -> Tensor:
+def count_block(block: _Block, piece: RowShard, known: KnownAnswers, sizes: Sizes) -> Tensor:
     """(2, Q) how many rows of `piece` score above and equal to each query's target, those that do not compete left out.
 
     Args:
@@ -220,7 +214,7 @@ def _rank_pass(
     queries: Queries,
     phase_of: Callable[[Tensor], Tensor],
     shard: Vectors,
-    known: Answers,
+    known: KnownAnswers,
     comm: Comm,
     sizes: Sizes,
     show: Callable[[int], None],
@@ -254,7 +248,7 @@ def rank_queries(
     queries: Queries,
     phase_of: Callable[[Tensor], Tensor],
     shard: Vectors,
-    known: Answers,
+    known: KnownAnswers,
     comm: Comm,
     *,
     query_block: int = 256,
@@ -274,7 +268,7 @@ def rank_both_ways(
     queries: Queries,
     phase_of: Callable[[Tensor], Tensor],
     shard: Vectors,
-    known: Answers,
+    known: KnownAnswers,
     comm: Comm,
     sizes: Sizes,
     progress: Callable[[int, int], None] | None = None,

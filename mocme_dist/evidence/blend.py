@@ -21,7 +21,7 @@ class Blend(NamedTuple):
     """Weights of a checkpoint's blend.
 
     Attributes:
-        terms: their names, in the order of the columns; the model's parts first.
+        terms: their names, in the order of the columns; the model's blocks first.
         weight_PF: (places, F) float32, place 2 * relation + direction.
         without_frequency_PF: the same, fitted without the term "frequency".
         step: of the checkpoint whose vectors they were fitted to.

@@ -109,16 +109,16 @@ def count_on_gpu(query_QD: Tensor, target_Q: Tensor, rows_rD: Tensor, skip_query
 
 def pair_distances(query_QD: Tensor, rows_rD: Tensor, query_P: Tensor, row_P: Tensor, kernels: ctypes.CDLL) -> Tensor:
     """(P,) distances of pairs of a query and a row, bit for bit those that the counting kernel compares."""
-    return part_distances(query_QD, rows_rD, query_P, row_P, 1, kernels)[:, 0]
+    return block_pair_distances(query_QD, rows_rD, query_P, row_P, 1, kernels)[:, 0]
 
 
-def part_distances(
-    query_QD: Tensor, rows_rD: Tensor, query_P: Tensor, row_P: Tensor, parts: int, kernels: ctypes.CDLL
+def block_pair_distances(
+    query_QD: Tensor, rows_rD: Tensor, query_P: Tensor, row_P: Tensor, blocks: int, kernels: ctypes.CDLL
 ) -> Tensor:
-    """(P, parts) distances of each part of the vectors: part i has the coordinates [i C / parts, (i + 1) C / parts)."""
+    """(P, blocks) distances per block of the vectors: block i has coordinates [i C / blocks, (i + 1) C / blocks)."""
     query_QD, rows_rD = query_QD.float().contiguous(), rows_rD.float().contiguous()
-    out_PC, query_P, row_P = torch.empty(len(query_P), parts), query_P.contiguous(), row_P.contiguous()
-    sizes = (query_QD.shape[1] // 2, parts, len(query_P))
+    out_PC, query_P, row_P = torch.empty(len(query_P), blocks), query_P.contiguous(), row_P.contiguous()
+    sizes = (query_QD.shape[1] // 2, blocks, len(query_P))
     arrays = (query_QD, rows_rD, query_P, row_P, out_PC)
     call(kernels, "mocme_pair_distances", arrays, sizes, threads=torch.get_num_threads())
     return out_PC

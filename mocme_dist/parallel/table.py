@@ -176,8 +176,8 @@ class EntityTable:
 
 
 class Merge(NamedTuple):
-    """How the rows of several parts of a step are put together: (V,) ascending unique rows, and for each row of each
-    part its place among them."""
+    """How the rows of several micro-batches are put together: (V,) ascending unique rows, and for each row of each
+    micro-batch its place among them."""
 
     rows_V: Tensor
     place_A: Tensor
@@ -188,12 +188,12 @@ class Merge(NamedTuple):
 
 
 def merge_rows(rows: list[Tensor]) -> Merge:
-    """Return how unique rows of several parts are put together; on a GPU this waits for the device."""
+    """Return how unique rows of several micro-batches are put together; on a GPU this waits for the device."""
     return Merge(*torch.unique(torch.cat(rows), sorted=True, return_inverse=True))
 
 
 def coalesce(touched: list[tuple[Tensor, Tensor]], merge: Merge | None = None) -> tuple[Tensor, Tensor]:
-    """Return the rows that several parts of a step touched, once each, with their gradients added.
+    """Return the rows that several micro-batches touched, once each, with their gradients added.
 
     Args:
         touched: pairs of (V,) unique rows and their (V, D) gradients, at least one.

@@ -57,7 +57,7 @@ from mocme_dist.data.files import (
     sync,
     write_json,
 )
-from mocme_dist.data.known import PARTS
+from mocme_dist.data.known import ARRAYS
 from mocme_dist.data.remote_storage import RemoteStorage
 from mocme_dist.data.storage import is_url
 from mocme_dist.errors import ConfigError, DataError, LockedError, StorageError
@@ -83,7 +83,7 @@ def part_files(num_parts: int) -> list[str]:
     """Return the files that a bundle of `num_parts` parts must have."""
     parts = [part_name(kind, part) for kind in ("vectors", "modalities") for part in range(num_parts)]
     rest = ["relations.safetensors", "entities.parquet", "relations.parquet", CARD]
-    return [*parts, *rest, *(f"known_{name}_{part}.npy" for name in KNOWN for part in PARTS)]
+    return [*parts, *rest, *(f"known_{name}_{array}.npy" for name in KNOWN for array in ARRAYS)]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

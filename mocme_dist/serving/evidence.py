@@ -71,13 +71,13 @@ class ServedEvidence:
             self.blend = load_blend(bundle.directory / FILE)
         except CheckpointError as error:
             raise DataError(f"{error}; export again") from None
-        self.parts = sum(term.split(":")[0] == MODEL for term in self.blend.terms)
-        self.terms = self.blend.terms[self.parts :]
+        self.num_blocks = sum(term.split(":")[0] == MODEL for term in self.blend.terms)
+        self.terms = self.blend.terms[self.num_blocks :]
         widths: dict[str, int] = about["spaces"]
         kinds = ("votes", "likeness", "match")
         known = {FREQUENCY, RULES, *(f"{kind}:{name}" for kind in kinds for name in (*widths, FACTS))}
         places = 2 * bundle.num_relations
-        if not set(self.terms) <= known or self.parts < 1 or len(self.blend.weight_PF) != places:
+        if not set(self.terms) <= known or self.num_blocks < 1 or len(self.blend.weight_PF) != places:
             raise DataError(f"{bundle.directory / FILE}: does not fit the bundle; export again")
         self.units: dict[str, list[NDArray[Any]]] = {name: [] for name in widths}
         for part in range(bundle.partition.num_shards):
@@ -101,7 +101,7 @@ class ServedEvidence:
         order = np.argsort(place, kind="stable")
         asked = Asked(questions.source[order], place[order])
         weight_QF = self.blend.weight_PF[asked.place_U]
-        prepared = Prepared(asked, order, weight_QF[:, : self.parts], weight_QF[:, self.parts :], {}, {}, {})
+        prepared = Prepared(asked, order, weight_QF[:, : self.num_blocks], weight_QF[:, self.num_blocks :], {}, {}, {})
         used = {term for term, weight_Q in zip(self.terms, prepared.weight_QF.T, strict=True) if weight_Q.any()}
         E, count = self.bundle.num_entities, self.about["neighbours"]
         for term in used - {FREQUENCY}:
@@ -179,7 +179,7 @@ class ServedEvidence:
         # The model says nothing of a source without a vector; see `evaluation.blended`.
         silent_Q = np.logical_not(query_QD.any(1)) & prepared.weight_QF.any(1)
         weight_QP = np.where(silent_Q[:, None], np.float32(0), prepared.weight_QP)
-        for block in range(self.parts):
+        for block in range(self.num_blocks):
             distance_Qn = distances(self.block_of(rows, block), self.block_of(query_QD, block))
             total_Qn += weight_QP[:, block, None] * distance_Qn
         bias_Qn = self._bias(prepared, part, start, first, len(rows))
@@ -195,10 +195,10 @@ class ServedEvidence:
 
     def block_of(self, vectors: NDArray[Any], block: int) -> NDArray[Any]:
         """Return the columns of one block of vectors (n, D)."""
-        if self.parts == 1:
+        if self.num_blocks == 1:
             return vectors
         real, imaginary = np.split(vectors, 2, axis=1)
-        size = real.shape[1] // self.parts
+        size = real.shape[1] // self.num_blocks
         at = slice(block * size, (block + 1) * size)
         return np.concatenate([real[:, at], imaginary[:, at]], axis=1)
 

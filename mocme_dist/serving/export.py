@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mocme_dist import __version__
 from mocme_dist.data.features import features_manifest
 from mocme_dist.data.files import read_json, write_bytes, write_json
-from mocme_dist.data.known import PARTS, KnownAnswers
+from mocme_dist.data.known import ARRAYS, KnownAnswers
 from mocme_dist.data.labels import ENTITY_LABELS, RELATION_LABELS
 from mocme_dist.data.progress import Progress
 from mocme_dist.data.tensors import read_metadata, write_tensors
@@ -157,7 +157,7 @@ def _write_rest(rows: RunRows, folder: Path) -> None:
     write_tensors(folder / "dense.safetensors", dense, {})
     graph = rows.dataset.directory / "graph"
     names = ["entities.parquet", "relations.parquet"]
-    names += [f"known_{name}_{part}.npy" for name in ("all", "train") for part in PARTS]
+    names += [f"known_{name}_{array}.npy" for name in ("all", "train") for array in ARRAYS]
     names += [name for name in (ENTITY_LABELS, RELATION_LABELS) if (graph / name).is_file()]
     for split in ("valid", "test"):
         KnownAnswers.build(rows.dataset.triples(split), rows.dataset.num_relations).save(folder, split)

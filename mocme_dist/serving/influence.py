@@ -90,10 +90,10 @@ def unlearned(bundle: Bundle, asked: Asked, answer: int, place_f: Integers, neig
     rows_nD = bundle.rows(bundle.vector_parts, np.append(neighbour_f, answer))
     place_n = np.append(place_f, place)
     evidence = bundle.evidence
-    parts = evidence.parts if evidence is not None else 1
-    weight_P = evidence.blend.weight_PF[place, :parts] if evidence is not None else np.ones(1)
+    num_blocks = evidence.num_blocks if evidence is not None else 1
+    weight_P = evidence.blend.weight_PF[place, :num_blocks] if evidence is not None else np.ones(1)
     change_f = np.zeros(len(place_f))
-    width = bundle.phase_RC.shape[1] // parts
+    width = bundle.phase_RC.shape[1] // num_blocks
     for block, weight in enumerate(weight_P.tolist()):
         if weight == 0:
             continue

@@ -45,9 +45,9 @@ HOW = (
 )
 
 
-def model_terms(modalities: tuple[str, ...], parts: int) -> tuple[str, ...]:
+def model_terms(modalities: tuple[str, ...], num_blocks: int) -> tuple[str, ...]:
     """Names of the model's terms: one of each block of its vectors."""
-    return tuple(f"{MODEL}:{name}" for name in (*modalities, "fused")) if parts > 1 else (MODEL,)
+    return tuple(f"{MODEL}:{name}" for name in (*modalities, "fused")) if num_blocks > 1 else (MODEL,)
 
 
 def _halves(count: int, seed: int) -> np.ndarray:
@@ -92,8 +92,8 @@ class Blender:
         self.shard = worker.encode_rows()
         worker.check_finite(bool(torch.isfinite(self.shard.z_rD).all()))
         self.evidence = self._make_evidence(spaces)
-        self.parts = worker.model.blocks.num
-        self.terms = (*model_terms(worker.modalities, self.parts), *self.evidence.terms)
+        self.num_blocks = worker.model.blocks.num
+        self.terms = (*model_terms(worker.modalities, self.num_blocks), *self.evidence.terms)
         self.places = 2 * worker.dataset.num_relations
         sections = (self.config.evidence, self.config.blend)
         self.settings = {key: value for section in sections for key, value in section.model_dump(mode="json").items()}
@@ -152,9 +152,9 @@ class Blender:
             allowed_F = torch.tensor([name != "frequency" for name in self.terms])
             fit = FitSettings(**settings.model_dump(exclude={"frequency", "queries"}), seed=self.config.train.seed)
             both = [torch.ones_like(allowed_F), allowed_F] if settings.frequency else [allowed_F]
-            parts = [sample, *(sample.take(torch.from_numpy(half_Q != half)) for half in (0, 1))]
-            fitted = [[fit_weights(part, self.places, self.parts, some, fit) for some in both] for part in parts]
-        tables, *crossed = [[one.clone() for one in part] for part in self.comm.broadcast(fitted) or []]
+            samples = [sample, *(sample.take(torch.from_numpy(half_Q != half)) for half in (0, 1))]
+            fitted = [[fit_weights(one, self.places, self.num_blocks, some, fit) for some in both] for one in samples]
+        tables, *crossed = [[table.clone() for table in tables] for tables in self.comm.broadcast(fitted) or []]
         return self._checked(queries, half_Q, tables, crossed, step)
 
     def _checked(
@@ -167,7 +167,7 @@ class Blender:
             tables: weights fitted on all queries, with and without frequency.
             crossed: for each half, weights fitted on the other half.
         """
-        alone = model_alone(self.places, len(self.terms), self.parts)
+        alone = model_alone(self.places, len(self.terms), self.num_blocks)
         rank_TQ = np.zeros((1 + len(tables), len(half_Q)))
         for half, weights in enumerate(crossed):
             at = np.flatnonzero(half_Q == half)
@@ -193,15 +193,15 @@ class Blender:
         return Blend(self.terms, tables[0].numpy(), tables[-1].numpy(), step, self.settings, fitted)
 
     def _model_values(self, queries: Queries, at_q: np.ndarray) -> Tensor:
-        """(parts, q, r) minus the distances, by block, of some queries to this rank's entities; collective."""
+        """(blocks, q, r) minus the distances, by block, of some queries to this rank's entities; collective."""
         source_qD = self.comm.sum(self.shard.pick(queries.source[at_q]))
         sign_q = torch.from_numpy(1.0 - 2.0 * queries.direction[at_q]).to(source_qD.device, torch.float32)
         relation = torch.from_numpy(queries.relation[at_q]).to(source_qD.device)
         query_qD = rotate(source_qD, self.worker.model.relations(relation), sign_q)
         known_q1 = source_qD.any(1)[:, None]  # the model says nothing of a source without a vector
-        found = [torch.zeros(self.parts, len(at_q), 0, device=source_qD.device)]
+        found = [torch.zeros(self.num_blocks, len(at_q), 0, device=source_qD.device)]
         for _, count, tile_TD in tiles(self.shard.z_rD, self.config.evaluation.tile_rows):
-            distance_Pqt = block_distances(query_qD, tile_TD, self.parts, self.worker.compiled)[:, :, :count]
+            distance_Pqt = block_distances(query_qD, tile_TD, self.num_blocks, self.worker.compiled)[:, :, :count]
             found.append(torch.where(known_q1, -distance_Pqt, 0.0))
         return torch.cat(found, 2)
 
@@ -229,7 +229,7 @@ class Blender:
         Collective.
         """
         queries = split_queries(self.worker.dataset.triples(split))
-        alone = model_alone(self.places, len(self.terms), self.parts)
+        alone = model_alone(self.places, len(self.terms), self.num_blocks)
         tables = [torch.from_numpy(table) for table in (blend.weight_PF, blend.without_frequency_PF)]
         tables = [alone, *tables[: 2 if self.config.blend.frequency else 1]]
         with Progress(f"evaluate {split}", len(queries.source), "queries", active=self.comm.rank == 0) as progress:

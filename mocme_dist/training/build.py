@@ -162,7 +162,7 @@ def choose_graph(
         "compile is off or finds no compiler": not compiled,
         f"there are {comm.world_size} ranks": comm.world_size > 1,
         "deepspeed.gradient_accumulation_steps is not 1": config.deepspeed.gradient_accumulation_steps > 1,
-        "an optimizer of ZeRO updates the dense part (deepspeed.engine=torch or stage 0 do not)": adam is None,
+        "an optimizer of ZeRO updates the dense parameters (deepspeed.engine=torch or stage 0 do not)": adam is None,
         "no kernel updates the rows (entities.sharding=rows and dtype=float32 have one)": (
             isinstance(table, EngineRows) or not table.has_kernel
         ),
@@ -309,7 +309,7 @@ def looks_up_ahead(features: FeaturesConfig, deepspeed: DeepSpeedConfig, on_gpu:
     """Return whether the background thread looks up features of coming steps, to hide a disk or a GPU's bus.
 
     Features in memory beside a CPU have no wait to hide: all cores have work, and gather faster together than one of
-    them in the background. A step in several parts exists to save memory, so each part is looked up when its turn
+    them in the background. A step in several micro-batches exists to save memory, so each is looked up when its turn
     comes.
     """
     waits = on_gpu or features.residency == "mmap"

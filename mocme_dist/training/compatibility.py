@@ -2,8 +2,7 @@
 
 Two things must not change during a run: the function whose parameters it trains, and the sequence of batches. Learning
 rates, decay, dropout, weights of losses, clipping, epochs, evaluation, the type of the rows, and settings of where and
-how the run computes (ranks, ZeRO stage, sharding, bf16, matmul precision, parts of a step) may change between two
-starts.
+how the run computes (ranks, ZeRO stage, sharding, bf16, matmul precision, micro-batches) may change between two starts.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ class DeepSpeedEngine:
             self._forget_last()
         self._adding = not last
         self.engine.set_gradient_accumulation_boundary(last)
-        # The loss of a part is its share of the whole step: neither it nor the gradient of its rows may be divided
-        # again.
+        # The loss of a micro-batch is its share of the whole step: neither it nor the gradient of its rows may be
+        # divided again.
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def _forget_last(self) -> None:
@@ -327,7 +327,7 @@ def make_engine(
     """Return the engine that the configuration asks for.
 
     Args:
-        module: the dense part, on `comm.device`.
+        module: the dense parameters, on `comm.device`.
         groups: Adam's parameter groups.
         clip: largest gradient norm; 0 is off.
         apart: name of a parameter that is not gathered (see `Engine`), alone in its group.
@@ -349,7 +349,9 @@ def make_engine(
                 "deepspeed.offload_optimizer: the torch engine has none; install deepspeed or set it to none"
             )
         if config.engine == "auto" and not installed:
-            log.warning("deepspeed is not installed: the dense part runs under its plain torch twin, without ZeRO")
+            log.warning(
+                "deepspeed is not installed: the dense parameters are updated by its plain torch twin, without ZeRO"
+            )
         return TorchEngine(module, groups, clip, comm, apart)
     if not installed:
         raise ConfigError(

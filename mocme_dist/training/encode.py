@@ -49,7 +49,7 @@ class EntityEncoder:
         self.num_rows = self.last - self.first
         self.block_rows = block_rows
         # Under ZeRO-3 parameters are gathered by all ranks together: all must run as many blocks.
-        self.rounds = max(len(self._blocks(*partition.bounds(part))) for part in range(partition.num_parts))
+        self.rounds = max(len(self._blocks(*partition.bounds(number))) for number in range(partition.num_ranks))
         self.together = any(hasattr(p, "ds_id") for p in model.parameters())
         self.piece_blocks = max(1, piece_rows // block_rows)
         self.num_pieces = -(-self.rounds // self.piece_blocks)

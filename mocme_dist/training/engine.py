@@ -41,7 +41,7 @@ class Engine(Protocol):
         """Add gradients of the dense parameters and of any leaf in the graph.
 
         Args:
-            last: whether this is the last part of a step; gradients of earlier parts are only summed.
+            last: whether this is the last micro-batch of a step; gradients of earlier ones are only summed.
         """
 
     def step(self, outside: Tensor, finite: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class TorchEngine:
         self._norm = norm
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """See `Engine`; after the last part, gradients are averaged over ranks."""
+        """See `Engine`; after the last micro-batch, gradients are averaged over ranks."""
         loss.backward()
         if not last:
             return

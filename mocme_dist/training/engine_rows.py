@@ -3,7 +3,7 @@
 Every step then updates, averages and, under ZeRO, gathers all E rows, while the row-sharded table touches only those of
 the batch. Checkpoints are those of the row-sharded table under Adam, so each can resume the other's.
 
-Each rank writes only its part. The engine decides what a rank holds: the whole parameter at stages 0 to 2, and at stage
+Each rank writes only its rows. The engine decides what a rank holds: the whole parameter at stages 0 to 2, and at stage
 3 while a forward pass needs it.
 """
 
@@ -27,7 +27,7 @@ def row_parameter(
     partition: RowPartition, width: int, init_range: float, seed: int, device: torch.device
 ) -> nn.Embedding:
     """Return all rows as a module, padded so that ZeRO divides it into equal parts of whole rows."""
-    filling = -partition.num_rows % partition.num_parts
+    filling = -partition.num_rows % partition.num_ranks
     rows_ED = initial_rows(0, partition.num_rows, width, init_range, seed, device=device)
     return nn.Embedding.from_pretrained(nn.functional.pad(rows_ED, (0, 0, 0, filling)), freeze=False)
 

@@ -6,7 +6,7 @@ finite check, clipping, moving averages and sums. Adam and the row update are on
 part of it needs a value on the host, so on CUDA the step is recorded once per shape and replayed (`train.cuda_graphs`).
 
 `train_step` is the plain twin: equal up to the order of sums (tests/training/test_graph_step.py). It is also what runs
-where this step does not hold: several ranks, parts of a step, ZeRO's optimizers, rows that are not float32.
+where this step does not hold: several ranks, several micro-batches, ZeRO's optimizers, rows that are not float32.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Loop:
                 self.worker.stop_asked = stop() or self.worker.stop_asked
                 result = self._take_step(prepared)
                 self.step += 1
-                reporter.after_step(self.step, result, sum(part.route.sent_vectors for part in prepared))
+                reporter.after_step(self.step, result, sum(ready.route.sent_vectors for ready in prepared))
                 self._end_step(prepared)
 
     def _take_step(self, prepared: list[Prepared]) -> StepResult:
@@ -162,7 +162,7 @@ class Loop:
         return train_step(
             worker.engine,
             worker.table,
-            worker.parts(prepared, self.step),
+            worker.micro_batches(prepared, self.step),
             self.comm,
             worker.tally,
             estimate=estimate,

@@ -59,7 +59,7 @@ class Requests:
     """Vectors that a step needs, the maximum over ranks and the first steps.
 
     Attributes:
-        wanted: U, of a rank. asked: V, unique rows that an owner encodes; both of a part, where a step comes in parts.
+        wanted: U, of a rank. asked: V, unique rows that an owner encodes; both of a micro-batch.
         sent: vectors that leave a rank in a step.
     """
 
@@ -98,9 +98,9 @@ class Plan:
         return sum(self.resident.values()) + max(self.passing.values())
 
     def summary(self) -> str:
-        """Return the peak and its largest parts in one line."""
-        parts = sorted({**self.resident, **self.passing}.items(), key=lambda part: -part[1])
-        largest = ", ".join(f"{name} {_size(size)}" for name, size in parts[:4])
+        """Return the peak and its largest kinds in one line."""
+        kinds = sorted({**self.resident, **self.passing}.items(), key=lambda kind: -kind[1])
+        largest = ", ".join(f"{name} {_size(size)}" for name, size in kinds[:4])
         return f"{self.world_size} rank(s) need {_size(self.peak)} each ({largest})"
 
     def as_json(self) -> dict[str, Any]:
@@ -209,11 +209,11 @@ class Planner:
     def _idle_ranks(self) -> list[str]:
         """Return a note if a batch has too few chunks for every rank to get one."""
         config, world_size = self.config, self.world_size
-        parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
-        chunks, needed = config.train.batch_size // chunk, world_size * parts
+        num_micro, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
+        chunks, needed = config.train.batch_size // chunk, world_size * num_micro
         if chunks >= needed:
             return []
-        cut = f" in {parts} parts each" if parts > 1 else ""
+        cut = f" in {num_micro} micro-batches each" if num_micro > 1 else ""
         return [
             f"a batch has {chunks} chunk(s) of {chunk} queries for {world_size} ranks{cut}: some have none to score; "
             "set train.batch_size "
@@ -224,7 +224,7 @@ class Planner:
         """Return bytes of the table of width D, of its optimizer, and of the engine's copies if it holds the table."""
         config, dataset = self.config, self.dataset
         if config.entities.sharding == "zero":
-            parts = self.world_size if config.deepspeed.stage >= 1 else 1
+            holders = self.world_size if config.deepspeed.stage >= 1 else 1
             whole = 4 * dataset.num_entities * D
             # Flat copies, masters, buckets and temporaries of DeepSpeed's step: counted as measured, thirteen tables in
             # all.
@@ -233,7 +233,7 @@ class Planner:
                 "rows": whole,
                 "rows: gradients": whole,
                 "rows: engine's copies": copies,
-                "rows: optimizer": 2 * whole // parts,
+                "rows: optimizer": 2 * whole // holders,
             }
         optimizer = choose_optimizer(config.entities.optimizer, dataset.num_entities)
         # Pages of the state are allocated as rows are first touched: a short run needs less.
@@ -276,15 +276,15 @@ class Planner:
         if negatives == 0:  # every rank needs every vector
             return Requests(dataset.num_entities, self.rows, (W - 1) * self.rows)
         known, triples_T3 = dataset.known("train"), dataset.triples("train")
-        num_parts, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
+        num_micro, chunk = config.deepspeed.gradient_accumulation_steps, config.negatives.chunk_size
         makers = [
-            BatchMaker(triples_T3, known, partition.num_rows, sampler, chunk, negatives, rank, W, num_parts)
+            BatchMaker(triples_T3, known, partition.num_rows, sampler, chunk, negatives, rank, W, num_micro)
             for rank in range(W)
         ]
         for step in range(min(_COUNTED_STEPS, sampler.steps_per_epoch)):
             sent_W = np.zeros(W, dtype=np.int64)
-            for part in range(num_parts):
-                ids = [maker.make(step, part).ids_U for maker in makers]
+            for number in range(num_micro):
+                ids = [maker.make(step, number).ids_U for maker in makers]
                 cuts = [np.searchsorted(ids_U, partition.starts()) for ids_U in ids]
                 counts_WW = np.stack([np.diff(cut) for cut in cuts])
                 wanted = max(wanted, max(map(len, ids)))
@@ -375,7 +375,7 @@ def check_plan(plan: Plan, launch: LaunchConfig, features: FeaturesConfig, nodes
     # their state pass through the host when they are saved.
     on_device = launch.gpus > 0
     needed = (
-        sum(size for part, size in plan.resident.items() if not part.startswith("dense")) if on_device else plan.peak
+        sum(size for kind, size in plan.resident.items() if not kind.startswith("dense")) if on_device else plan.peak
     )
     room = sum(min(node.ranks, node.memory // needed) for node in nodes)
     if room >= plan.world_size:

@@ -18,13 +18,13 @@ from mocme_dist.training.step import EntityInput
 
 
 class Prepared(NamedTuple):
-    """Inputs of a part of a step that do not depend on trained values.
+    """Inputs of a micro-batch that do not depend on trained values.
 
     Attributes:
         rows_V: the route's rows on the host.
         halves: which rows train the statistics networks; None if the step estimates nothing.
         entities: inputs of the encoder without structure; None if they are looked up at the step.
-        merge: of the rows of all parts of the step, with the last of several parts.
+        merge: of the rows of all micro-batches of the step, with the last of several.
         graph: inputs of a step that runs as a graph; batch and route are then on the host, and the rest is None.
         mark: see `DevicePrefetcher.mark`.
     """
@@ -55,7 +55,7 @@ class DevicePrefetcher:
     """Copies tensors to the device of the steps while a step runs there.
 
     On a GPU they are copied from pinned memory on a separate stream, and the host does not wait: a mark records where
-    the copies of a part end, and the stream of the step waits for it. On a CPU nothing is copied or waited for.
+    the copies of a micro-batch end, and the stream of the step waits for it. On a CPU nothing is copied or waited for.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -67,7 +67,7 @@ class Schedule:
 def parameter_groups(
     module: nn.Module, train: TrainConfig, entities: EntitiesConfig, relations: RelationsConfig, mine: MineConfig
 ) -> list[dict[str, Any]]:
-    """Return Adam's groups of the dense part; a group with `scheduled` false keeps its rate.
+    """Return Adam's groups of the dense parameters; a group with `scheduled` false keeps its rate.
 
     The statistics networks ascend at a constant rate, because they follow views that change until the end.
     """

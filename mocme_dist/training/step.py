@@ -1,7 +1,8 @@
 """One training step: encode at the owner, exchange fused vectors, score, weigh; gradients back the same way.
 
 The engine wraps `StepModule`, which has the dense parameters only. The rows enter as a leaf tensor, and the table
-applies their gradient. A step may consist of parts whose gradients are summed (deepspeed.gradient_accumulation_steps).
+applies their gradient. A step may consist of micro-batches whose gradients are summed
+(deepspeed.gradient_accumulation_steps).
 """
 
 from __future__ import annotations
@@ -108,9 +109,8 @@ def pack_stats(stats: LossStats, mine_loss: Tensor) -> Tensor:
     return torch.cat([torch.stack([value.double() for value in scalars]), stats.classes_3.double()])
 
 
-class Part(NamedTuple):
-    """A part of a step that is encoded and scored at once; its rows are a leaf, or ids if the engine holds the
-    table."""
+class MicroBatch(NamedTuple):
+    """What a rank encodes and scores at once; its rows are a leaf, or ids if the engine holds the table."""
 
     rows_VD: Tensor
     entities: EntityInput
@@ -119,19 +119,19 @@ class Part(NamedTuple):
     last: bool
 
 
-def _row_gradient(part: Part, world_size: int) -> tuple[Tensor, Tensor]:
+def _row_gradient(micro: MicroBatch, world_size: int) -> tuple[Tensor, Tensor]:
     """Return local rows and their gradient of the global mean loss; empty if the engine holds the table."""
-    if not part.rows_VD.requires_grad:
-        return part.route.rows_V[:0], torch.zeros(0, 1, device=part.rows_VD.device)
+    if not micro.rows_VD.requires_grad:
+        return micro.route.rows_V[:0], torch.zeros(0, 1, device=micro.rows_VD.device)
     # This is the sum over ranks of gradients that were multiplied by the world size; see StepModule.
-    grad_VD = part.rows_VD.grad if part.rows_VD.grad is not None else torch.zeros_like(part.rows_VD)
-    return part.route.rows_V, grad_VD / world_size
+    grad_VD = micro.rows_VD.grad if micro.rows_VD.grad is not None else torch.zeros_like(micro.rows_VD)
+    return micro.route.rows_V, grad_VD / world_size
 
 
 def train_step(
     engine: Engine,
     table: EntityTable | EngineRows,
-    parts: Iterable[Part],
+    micro_batches: Iterable[MicroBatch],
     comm: Comm,
     tally: Tally,
     *,
@@ -145,23 +145,23 @@ def train_step(
     updates are masked by it.
 
     Args:
-        parts: of the step, in order; taken one at a time, so that only one is in memory. Only the last one estimates
-            mutual information, so all parts are fused with the same weights.
+        micro_batches: of the step, in order; taken one at a time, so that only one is in memory. Only the last one
+            estimates mutual information, so all are fused with the same weights.
         tally: counts the step.
         estimate: whether this step estimates mutual information.
-        merge: of the rows of several parts; made from them if it is not given.
+        merge: of the rows of several micro-batches; made from them if it is not given.
     """
     # The forward pass updates moving averages: the values of one bad step would remain in them.
     averages = [(value, value.clone()) for value in buffers_of(engine.module).values()]
     sums = torch.zeros(len(STAT_NAMES), dtype=torch.float64, device=comm.device)
     touched: list[tuple[Tensor, Tensor]] = []
-    for part in parts:
-        loss, stats, fused = engine(part.entities, part.route, part.batch, estimate and part.last)
+    for micro in micro_batches:
+        loss, stats, fused = engine(micro.entities, micro.route, micro.batch, estimate and micro.last)
         with timer.phase("agree"):
             sums += comm.sum(pack_stats(stats, fused.loss))
         with timer.phase("backward"):
-            engine.backward(loss, part.last)
-        touched.append(_row_gradient(part, comm.world_size))
+            engine.backward(loss, micro.last)
+        touched.append(_row_gradient(micro, comm.world_size))
     with timer.phase("update"):
         rows_V, grad_VD = coalesce(touched, merge)
         norm = comm.sum(torch.linalg.vector_norm(grad_VD, dtype=torch.float64).square()).sqrt()

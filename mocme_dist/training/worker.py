@@ -35,7 +35,7 @@ from mocme_dist.training.engine import Engine
 from mocme_dist.training.engine_rows import EngineRows
 from mocme_dist.training.graph_step import GraphStep
 from mocme_dist.training.prefetch import DevicePrefetcher, Prepared
-from mocme_dist.training.step import EntityInput, Part, StepResult
+from mocme_dist.training.step import EntityInput, MicroBatch, StepResult
 from mocme_dist.training.tally import Tally
 from mocme_dist.training.timer import PhaseTimer
 
@@ -87,19 +87,19 @@ class Worker:
         self.first, self.last = self.partition.bounds(self.comm.rank)
 
     def scale_rates(self, factor: float) -> None:
-        """Make the next steps use `factor` times the learning rates of dense part and rows."""
+        """Make the next steps use `factor` times the learning rates of dense parameters and rows."""
         self.engine.scale_rates(factor)
         self.table.scale_rates(factor)
 
     def prepare(self, step: int) -> list[Prepared]:
-        """Return this rank's parts of a step; collective, called by the background thread in the order of steps."""
+        """Return this rank's micro-batches of a step; collective, called by the background thread in step order."""
         prepared: list[Prepared] = []
         rows: list[Tensor] = []
         send = self.prefetcher.send
         estimates = self.config.fusion.estimator in ("mine", "cosine") and step % self.config.mine.every == 0
         with self.prefetcher.in_background():
-            for part in range(self.maker.parts):
-                batch = self.maker.make(step, part)
+            for number in range(self.maker.num_micro_batches):
+                batch = self.maker.make(step, number)
                 route = plan_route(batch.ids_U, self.partition, self.comm, self.stop_asked)
                 # Ids are a random permutation, so odd ids are a random half of the entities, the same at every world
                 # size.
@@ -112,8 +112,10 @@ class Worker:
                 rows.append(route.rows_V)
                 halves = find_halves(held_out_V, self.config.mine.rows).moved(send) if estimates else None
                 entities = self.step_features(route.rows_V, step) if self.looks_up_ahead else None
-                last = part + 1 == self.maker.parts
-                merge = merge_rows(rows).moved(send) if last and part and isinstance(self.table, EntityTable) else None
+                last = number + 1 == self.maker.num_micro_batches
+                merge = (
+                    merge_rows(rows).moved(send) if last and number and isinstance(self.table, EntityTable) else None
+                )
                 sent = batch.moved(send), route.moved(send), route.rows_V, halves, entities, merge
                 prepared.append(Prepared(*sent, None, self.prefetcher.mark()))
         return prepared
@@ -126,27 +128,27 @@ class Worker:
             estimate: whether this step estimates mutual information.
             factor: of the scheduled learning rates.
         """
-        (part,) = prepared
-        assert self.graph is not None and part.graph is not None
-        self.prefetcher.receive(part.mark, part.tensors())
+        (only,) = prepared
+        assert self.graph is not None and only.graph is not None
+        self.prefetcher.receive(only.mark, only.tensors())
         with self.timer.phase("graph"):
-            return self.graph.step(part.graph, estimate, factor)
+            return self.graph.step(only.graph, estimate, factor)
 
-    def parts(self, prepared: list[Prepared], step: int) -> Iterator[Part]:
-        """Yield the parts of a step one by one, with the current rows of the table.
+    def micro_batches(self, prepared: list[Prepared], step: int) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of a step one by one, with the current rows of the table.
 
         Args:
             prepared: as `prepare` returned it for the same step.
         """
-        for number, part in enumerate(prepared, 1):
+        for number, ready in enumerate(prepared, 1):
             with self.timer.phase("lookup"):
-                self.prefetcher.receive(part.mark, part.tensors())
-                features = part.entities
+                self.prefetcher.receive(ready.mark, ready.tensors())
+                features = ready.entities
                 if features is None:
-                    features = self.step_features(part.rows_V, step)
-                rows_VD = self.table.gather(part.route.rows_V)
-                entities = self.with_rows(features, rows_VD)._replace(halves=part.halves)
-            yield Part(rows_VD, entities, part.route, part.batch, number == len(prepared))
+                    features = self.step_features(ready.rows_V, step)
+                rows_VD = self.table.gather(ready.route.rows_V)
+                entities = self.with_rows(features, rows_VD)._replace(halves=ready.halves)
+            yield MicroBatch(rows_VD, entities, ready.route, ready.batch, number == len(prepared))
 
     def step_features(self, rows_V: Tensor, step: int) -> EntityInput:
         """Return inputs of the encoder for local rows in a training step, without structure: a function of step and

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mocme_dist.evaluation.blended import blended_targets, count_native_blended, count_tiles_blended
-from mocme_dist.kernels.counting import part_distances
+from mocme_dist.kernels.counting import block_pair_distances
 
 NOBODY = torch.zeros(0, dtype=torch.int64)
 
@@ -33,7 +33,7 @@ def test_counts_equal_the_torch_form_and_whole_scores(kernels, num_rows, C, Q, p
     skip_row = torch.arange(0, num_rows, 7)
     skip_query = torch.arange(len(skip_row)) % Q
     every_Q, each = torch.arange(Q), (torch.arange(Q).repeat_interleave(num_rows), torch.arange(num_rows).repeat(Q))
-    distance = part_distances(query_QD, rows_rD, *each, parts, kernels).view(Q, num_rows, parts)
+    distance = block_pair_distances(query_QD, rows_rD, *each, parts, kernels).view(Q, num_rows, parts)
     total = torch.zeros(Q, num_rows)
     for part in range(parts):
         total = total + weight_QP[:, part : part + 1] * distance[..., part]
@@ -65,7 +65,7 @@ def test_counts_equal_the_torch_form_and_whole_scores(kernels, num_rows, C, Q, p
 def test_a_part_is_its_own_columns(kernels):
     query_QD, rows_rD, *_ = problem(20, 9, 20, 3)
     each = torch.arange(20)
-    found = part_distances(query_QD, rows_rD, each, each, 3, kernels)
+    found = block_pair_distances(query_QD, rows_rD, each, each, 3, kernels)
     difference = (query_QD - rows_rD).double()
     modulus = torch.hypot(difference[:, :9], difference[:, 9:])
     assert torch.allclose(found.double(), modulus.view(20, 3, 3).sum(2), rtol=1e-5)

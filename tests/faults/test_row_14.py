@@ -42,13 +42,13 @@ def run_in_pieces(comm: Any, dataset: Path, run_dir: Path, stops: list[int]) -> 
     )
     Path(config.run.dir, "checkpoints").mkdir(parents=True, exist_ok=True)
     trained: list[tuple[int, list[Query]]] = []
-    original = Worker.parts
+    original = Worker.micro_batches
 
     def parts(self: Any, prepared: Any, *rest: Any) -> Any:
         trained.extend((part.batch.step, queries_of(part.batch)) for part in prepared)
         return original(self, prepared, *rest)
 
-    Worker.parts = parts  # type: ignore[method-assign]
+    Worker.micro_batches = parts  # type: ignore[method-assign]
     try:
         done = 0
         for stop in stops:
@@ -61,7 +61,7 @@ def run_in_pieces(comm: Any, dataset: Path, run_dir: Path, stops: list[int]) -> 
             assert first <= done <= first + late
         run_training(config)
     finally:
-        Worker.parts = original  # type: ignore[method-assign]
+        Worker.micro_batches = original  # type: ignore[method-assign]
     return trained
 
 

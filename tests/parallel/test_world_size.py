@@ -21,7 +21,7 @@ from mocme_dist.parallel.exchange import plan_route
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.partition import RowPartition
 from mocme_dist.training.engine import TorchEngine
-from mocme_dist.training.step import EntityInput, Part, StepModule, train_step
+from mocme_dist.training.step import EntityInput, MicroBatch, StepModule, train_step
 from mocme_dist.training.tally import STAT_NAMES, Tally
 from mocme_dist.training.timer import PhaseTimer
 
@@ -108,7 +108,9 @@ def train(comm: Comm, case: Case) -> Outcome:
             ids_V = route.rows_V + first
             raw = {"structure": rows_VD, "text": values[0, ids_V], "numeric": values[1, ids_V]}
             has = torch.cat([torch.ones(1, len(ids_V), dtype=torch.bool), present[:, ids_V]])
-            parts.append(Part(rows_VD, EntityInput(raw, has, ids_V % 2 == 1), route, batch, number == case.parts - 1))
+            parts.append(
+                MicroBatch(rows_VD, EntityInput(raw, has, ids_V % 2 == 1), route, batch, number == case.parts - 1)
+            )
         result = train_step(engine, table, parts, comm, Tally(comm.device), estimate=True, timer=PhaseTimer())
         assert not result.skipped
         sums = dict(zip(STAT_NAMES, result.sums.tolist(), strict=True))

@@ -196,7 +196,7 @@ def test_the_models_influence_is_weighted_by_block(blended_bundle):
     one, answer = question_of(blended_bundle, 7, 1, 1), 12
     evidence, found = blended_bundle.evidence, influence(blended_bundle, one, answer)
     rows = torch.from_numpy(np.concatenate(blended_bundle.vector_parts)).double()
-    parts, C = evidence.parts, blended_bundle.phase_RC.shape[1]
+    parts, C = evidence.num_blocks, blended_bundle.phase_RC.shape[1]
     assert parts > 1
     weight_P = evidence.blend.weight_PF[3, :parts].tolist()
 

@@ -45,7 +45,7 @@ def compare_inputs(comm: Comm, dataset: Path, run_dir: Path, overrides: list[str
         for step, prepared in enumerate(steps):
             worker.table.rows_rD.add_(1.0)
             ahead += sum(part.entities is not None for part in prepared)
-            for part in worker.parts(prepared, step):
+            for part in worker.micro_batches(prepared, step):
                 rows_V = part.route.rows_V
                 values_VF, present_MV, held_out_V = expected_input(worker, rows_V, step)
                 assert list(part.entities.raw) == ["numeric", "structure"]

@@ -240,7 +240,7 @@ def test_ranks_without_a_chunk_are_told_with_the_batch_that_gives_them_one(featu
         config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"gradient_accumulation_steps": 2})}),
         3,
     ).notes
-    assert "3 ranks in 2 parts each" in note and "train.batch_size to 96" in note
+    assert "3 ranks in 2 micro-batches each" in note and "train.batch_size to 96" in note
 
 
 def test_the_plan_that_the_clusters_readme_shows_has_the_lines_of_today(featured_dataset, tmp_path):

@@ -81,7 +81,7 @@ def test_each_part_of_the_model_has_its_rate(featured_dataset, tmp_path, shardin
         before = worker.engine.state()
         rows = worker.table.rows_rD.clone()
         prepared = worker.prepare(0)
-        parts = worker.parts(prepared, 0)
+        parts = worker.micro_batches(prepared, 0)
         train_step(worker.engine, worker.table, parts, comm, worker.tally, estimate=True, timer=worker.timer)
         after = worker.engine.state()
         moved = {name: float((after[name] - before[name]).abs().max()) for name in before if name.startswith("value/")}

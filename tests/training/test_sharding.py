@@ -49,7 +49,7 @@ def everything(worker: Worker) -> dict[str, torch.Tensor]:
 
 def take_step(worker: Worker, step: int, bad_part: int | None = None, where: str = "loss") -> Any:
     """One step; with a bad part the last rank's loss, or the gradient of its rows, is NaN there."""
-    parts = list(worker.parts(worker.prepare(step), step))
+    parts = list(worker.micro_batches(worker.prepare(step), step))
     if bad_part is not None and worker.comm.rank == worker.comm.world_size - 1:
         bad = parts[bad_part]
         if where == "loss":
@@ -87,7 +87,7 @@ def rows_stay_their_own(comm: Any, dataset: Path, kinds: list[tuple[str, ...]]) 
 
 
 def bad_steps_move_nothing(comm: Any, dataset: Path, kinds: list[tuple[str, ...]]) -> None:
-    """A loss, or a gradient of rows, that is not finite on one rank, in any part of a step.
+    """A loss, or a gradient of rows, that is not finite on one rank, in any micro-batch of a step.
 
     All ranks skip, to the bit.
     """
@@ -96,7 +96,7 @@ def bad_steps_move_nothing(comm: Any, dataset: Path, kinds: list[tuple[str, ...]
         for each in (undisturbed, worker):
             assert not take_step(each, 0).skipped
         before = everything(worker)
-        for part in range(worker.maker.parts):
+        for part in range(worker.maker.num_micro_batches):
             for where in ("loss",) if ZERO in kind else ("loss", "gradient"):
                 assert take_step(worker, 1, part, where).skipped
                 after = everything(worker)

@@ -53,7 +53,7 @@ def first_loss(config: Config) -> float:
     """Mean loss of the first batch, forward only."""
     with communication(60) as comm, torch.no_grad():
         worker = build_worker(config, open_dataset(config.data), comm)
-        (part,) = worker.parts(worker.prepare(0), 0)
+        (part,) = worker.micro_batches(worker.prepare(0), 0)
         loss, _, _ = worker.engine(part.entities, part.route, part.batch, True)
     return float(loss)
 
