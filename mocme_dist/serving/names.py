@@ -21,7 +21,6 @@ from mocme_dist.errors import ConfigError, DataError, one_line
 
 Integers = NDArray[np.int64]
 _ONE_BY_ONE = 8  # up to this many names are compared one after another; more are looked up together
-_SLICE = 1 << 16
 _SHORTLIST = 48  # of each slice of the column; compared letter by letter afterwards
 _SUGGESTED = 4
 _SHOWN = 5  # entities that an ambiguous name lists

@@ -77,11 +77,6 @@ def answers_in(known: KnownAnswers, asked: Asked) -> list[Integers]:
     return [part if there else part[:0] for part, there in zip(parts, in_graph, strict=True)]
 
 
-def known_answers(bundle: Bundle, asked: Asked) -> list[Integers]:
-    """Return the known answers of each question, ascending."""
-    return answers_in(bundle.known, asked)
-
-
 def splits_of(bundle: Bundle, asked: Asked, id_Qk: Integers) -> NDArray[np.int8]:
     """Return (Q, k) where each answer is known from: a position in SPLITS, or -1 if it is not known."""
     out = np.full(id_Qk.shape, -1, np.int8)

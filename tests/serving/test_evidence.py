@@ -20,7 +20,7 @@ from mocme_dist.runs.task import find
 from mocme_dist.serving.bundle import Bundle
 from mocme_dist.serving.export import export_bundle
 from mocme_dist.serving.predict import Question, UnseenEntity, predict
-from mocme_dist.serving.scorer import Asked, best_answers, known_answers, not_competing, place
+from mocme_dist.serving.scorer import Asked, answers_in, best_answers, not_competing, place
 from mocme_dist.training.blending import Blender
 from mocme_dist.training.build import build_worker, open_dataset
 from mocme_dist.training.loop import restore
@@ -43,7 +43,7 @@ def test_places_of_facts_are_the_ranks_of_evaluation(blended_run, blended_bundle
     found = []
     for at, target in enumerate(queries.target.tolist()):
         one = asked.take(np.array([at]))
-        found.append(place(blended_bundle, one, target, known_answers(blended_bundle, one)[0])[1])
+        found.append(place(blended_bundle, one, target, answers_in(blended_bundle.known, one)[0])[1])
     # Two kernels of distances round apart: a near pair may part.
     assert np.abs(np.array(found) - ranks).max() <= 1
     assert (found == ranks).mean() > 0.95

@@ -15,7 +15,7 @@ from mocme_dist.serving.batch import Options, answer_file, check_names, read_que
 from mocme_dist.serving.bundle import Bundle
 from mocme_dist.serving.neighbours import modality_weights, neighbours
 from mocme_dist.serving.predict import Question, UnseenEntity, predict
-from mocme_dist.serving.scorer import Asked, known_answers, place
+from mocme_dist.serving.scorer import Asked, answers_in, place
 from mocme_dist.training.build import build_worker, open_dataset
 from mocme_dist.training.loop import restore
 
@@ -38,7 +38,7 @@ def test_answers_are_the_best_by_score_in_both_directions(bundle, filter, direct
     pair = (names[source], None) if direction == 0 else (None, names[source])
     answers = predict(bundle, [Question(pair[0], relation, pair[1])], 7, filter)
     wanted = scores(bundle, source, 2, direction)
-    known = known_answers(bundle, Asked.of(bundle, [source], [2], [direction]))[0]
+    known = answers_in(bundle.known, Asked.of(bundle, [source], [2], [direction]))[0]
     assert len(known)
     if filter == "known":
         wanted[[*known, source]] = -np.inf
@@ -70,7 +70,7 @@ def test_the_place_of_a_fact_is_the_rank_that_evaluation_gives_it(answered_run, 
     found = []
     for source, relation, direction, target in zip(*queries, strict=True):
         asked = Asked.of(bundle, [source], [relation], [direction])
-        found.append(place(bundle, asked, int(target), known_answers(bundle, asked)[0])[1])
+        found.append(place(bundle, asked, int(target), answers_in(bundle.known, asked)[0])[1])
     assert found == ranks.tolist()
 
 

@@ -23,7 +23,7 @@ from mocme_dist.runs.checkpoints import Checkpoints
 from mocme_dist.serving.bundle import Bundle
 from mocme_dist.serving.export import export_bundle
 from mocme_dist.serving.rows import RunRows
-from mocme_dist.serving.scorer import Asked, known_answers, place
+from mocme_dist.serving.scorer import Asked, answers_in, place
 from mocme_dist.train import train
 from mocme_dist.training.build import build_worker, open_dataset
 from mocme_dist.training.loop import restore
@@ -137,7 +137,7 @@ def test_a_bundle_ranks_them_as_evaluation_does(unseen_run, unseen_dataset, tmp_
     found = []
     for source, relation, direction, target in zip(*queries, strict=True):
         asked = Asked.of(bundle, [source], [relation], [direction])
-        found.append(place(bundle, asked, int(target), known_answers(bundle, asked)[0])[1])
+        found.append(place(bundle, asked, int(target), answers_in(bundle.known, asked)[0])[1])
     assert found == ranks.tolist() and len(found) == 6
 
 
