@@ -39,7 +39,7 @@ from mocme_dist.serving.calibration import CANDIDATES, Candidates, calibrate, ga
 from mocme_dist.serving.card import card, learning_curves
 from mocme_dist.serving.evidence import FACTS, KIND, MODEL
 from mocme_dist.serving.rows import RunRows, model_state, source_of
-from mocme_dist.serving.scorer import Asked, best_answers, not_competing
+from mocme_dist.serving.scorer import Asked, answers_in, best_answers, not_competing
 from mocme_dist.serving.structure_imputer import fit_imputer
 from mocme_dist.training.build import feature_modalities
 from mocme_dist.training.evidence_plan import numeric_statistics
@@ -240,7 +240,7 @@ def _calibration(bundle: Bundle, rows: RunRows) -> dict[str, Any] | None:
     keys = np.stack([queries.source, queries.relation, queries.direction], axis=1)
     _, first = np.unique(keys, axis=0, return_index=True)
     asked = asked.take(np.sort(first))
-    right = _answers_in(valid, asked)
+    right = answers_in(bundle.known_in["valid"], asked)
     left_out = [np.setdiff1d(part, own) for part, own in zip(not_competing(bundle, asked), right, strict=True)]
     best = best_answers(bundle, asked, left_out, CANDIDATES)
     there = (best.id_Qk >= 0) & (best.score_Qk > LAST / 2)
@@ -263,16 +263,6 @@ def _calibration(bundle: Bundle, rows: RunRows) -> dict[str, Any] | None:
             question=question_Qk[there],
         )
     )
-
-
-def _answers_in(triples_T3: NDArray[np.int64], asked: Asked) -> list[NDArray[np.int64]]:
-    """Return the answers that some triples give to each question."""
-    found: dict[tuple[int, int, int], list[int]] = {}
-    for head, relation, tail in np.asarray(triples_T3).tolist():
-        found.setdefault((head, relation, 0), []).append(tail)
-        found.setdefault((tail, relation, 1), []).append(head)
-    keys = zip(asked.source.tolist(), asked.relation.tolist(), asked.direction.tolist(), strict=True)
-    return [np.array(found.get(key, []), np.int64) for key in keys]
 
 
 def write_evidence(rows: RunRows, folder: Path, bundle: Bundle) -> dict[str, Any] | None:
