@@ -38,10 +38,33 @@ from mocme_dist.parallel.comm import Comm
 PASS_QUERIES, ROWS = 1 << 12, 1 << 15
 
 
+class CountInputs(NamedTuple):
+    """Queries with their weights and biases, the candidates that they rank, and the pairs that do not compete.
+
+    Attributes:
+        query_QD: (Q, D) rotated sources.
+        weight_QP: (Q, P) weights of the distances of the vectors' P blocks, none negative.
+        target_Q: scores of `blended_targets`.
+        rows_rD: (r, D) candidates.
+        bias_ur: (u, r) float32, finite.
+        which_Q: (Q,) which of them each query has.
+        skip_query, skip_row: pairs that do not compete, ascending by row.
+    """
+
+    query_QD: Tensor
+    weight_QP: Tensor
+    target_Q: Tensor
+    rows_rD: Tensor
+    bias_ur: Tensor
+    which_Q: Tensor
+    skip_query: Tensor
+    skip_row: Tensor
+
+
 def blended_targets(
     query_QD: Tensor, weight_QP: Tensor, target_QD: Tensor, bias_Q: Tensor, tile_rows: int, compiled: bool
 ) -> Tensor:
-    """(Q,) the score of each query's own target; arguments as `count_blended`."""
+    """(Q,) the score of each query's own target; arguments as in `CountInputs`."""
     kernels = kernels_for(query_QD, compiled)
     if kernels is not None:
         each_Q = torch.arange(len(query_QD))
@@ -53,55 +76,27 @@ def blended_targets(
     return _scores(distance_QTP.diagonal().T, weight_QP, bias_Q).contiguous()
 
 
-def count_blended(
-    query_QD: Tensor,
-    weight_QP: Tensor,
-    target_Q: Tensor,
-    rows_rD: Tensor,
-    bias_ur: Tensor,
-    which_Q: Tensor,
-    skip_query: Tensor,
-    skip_row: Tensor,
-    tile_rows: int,
-    compiled: bool,
-) -> Tensor:
+def count_blended(given: CountInputs, tile_rows: int, compiled: bool) -> Tensor:
     """(2, Q) int64: rows that score above each query's target, and rows that score the same.
 
     By the fastest way there is.
 
     Args:
-        query_QD: (Q, D) rotated sources.
-        weight_QP: (Q, P) weights of the distances of the vectors' P blocks, none negative.
-        target_Q: scores of `blended_targets`.
-        rows_rD: (r, D) candidates.
-        bias_ur: (u, r) float32, finite.
-        which_Q: (Q,) which of them each query has.
-        skip_query, skip_row: pairs that do not compete, ascending by row.
         tile_rows: candidates scored at once by the torch form; at least Q.
         compiled: whether kernels may be built.
     """
-    kernels = kernels_for(query_QD, compiled)
-    arguments = (query_QD, weight_QP, target_Q, rows_rD, bias_ur, which_Q, skip_query, skip_row)
+    kernels = kernels_for(given.query_QD, compiled)
     if kernels is not None:
-        return count_native_blended(*arguments, kernels)
-    return count_tiles_blended(*arguments, tile_rows, compiled)
+        return count_native_blended(given, kernels)
+    return count_tiles_blended(given, tile_rows, compiled)
 
 
-def count_native_blended(
-    query_QD: Tensor,
-    weight_QP: Tensor,
-    target_Q: Tensor,
-    rows_rD: Tensor,
-    bias_ur: Tensor,
-    which_Q: Tensor,
-    skip_query: Tensor,
-    skip_row: Tensor,
-    kernels: ctypes.CDLL,
-) -> Tensor:
+def count_native_blended(given: CountInputs, kernels: ctypes.CDLL) -> Tensor:
     """`count_blended` by the kernel."""
-    (Q, D), num_blocks = query_QD.shape, weight_QP.shape[1]
+    target_Q, which_Q, skip_query, skip_row = given.target_Q, given.which_Q, given.skip_query, given.skip_row
+    (Q, D), num_blocks = given.query_QD.shape, given.weight_QP.shape[1]
     query_QD, rows_rD, bias_ur, weight_QP = (
-        value.float().contiguous() for value in (query_QD, rows_rD, bias_ur, weight_QP)
+        value.float().contiguous() for value in (given.query_QD, given.rows_rD, given.bias_ur, given.weight_QP)
     )
     # Adjacent queries share a pass and stop together, so those that stop at the same distance are put together.
     order_Q = (target_Q / weight_QP.sum(1).clamp_min(1e-30)).argsort(descending=True)
@@ -114,22 +109,12 @@ def count_native_blended(
     return _leave_out(counts_2Q, skipped, target_Q, skip_query)
 
 
-def count_tiles_blended(
-    query_QD: Tensor,
-    weight_QP: Tensor,
-    target_Q: Tensor,
-    rows_rD: Tensor,
-    bias_ur: Tensor,
-    which_Q: Tensor,
-    skip_query: Tensor,
-    skip_row: Tensor,
-    tile_rows: int,
-    compiled: bool,
-) -> Tensor:
+def count_tiles_blended(given: CountInputs, tile_rows: int, compiled: bool) -> Tensor:
     """`count_blended` in torch.
 
     Distances come from one kernel of one shape, the target's too, so that equal pairs tie.
     """
+    query_QD, weight_QP, target_Q, rows_rD, bias_ur, which_Q, skip_query, skip_row = given
     counts_2Q = torch.zeros(2, len(query_QD), dtype=torch.int64, device=rows_rD.device)
     skip_row = skip_row.contiguous()
     for start, count, tile_TD in tiles(rows_rD, tile_rows):
@@ -358,7 +343,8 @@ def _count_rows(shard: RowShard, work: _Pass, target_TN: Tensor, inputs: BlendIn
             weight_uF = weight_NF[block.at[torch.from_numpy(place_u).to(device)]]
             bias_ur = evidence.bias(weight_uF, work.prepared, index_u, rows)
             _put_last(bias_ur, weight_uF, unknown_r, known_r)
-            pool = (block.query_QD, model_NP[block.at], target_TN[turn, block.at], shard.z_rD, bias_ur, which_Q)
-            found_2Q = count_blended(*pool, skip_query, skip_row, inputs.sizes.tile_rows, inputs.sizes.compiled)
+            weight_QP, target_Q = model_NP[block.at], target_TN[turn, block.at]
+            given = CountInputs(block.query_QD, weight_QP, target_Q, shard.z_rD, bias_ur, which_Q, skip_query, skip_row)
+            found_2Q = count_blended(given, inputs.sizes.tile_rows, inputs.sizes.compiled)
             asked = len(block.asked.source)
             counts_T2N[turn, :, block.at[:asked]] += found_2Q[:, :asked]
