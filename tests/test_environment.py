@@ -111,3 +111,14 @@ def test_a_low_limit_of_open_files_is_raised_or_named(soft, hard, code):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert ("may open 16 files, expected 512 or more; raise the limit: ulimit -n 512" in done.stdout) == bool(code)
+
+
+def test_a_cache_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
+    """For compiled kernels, mirrors and the record of verified files alike."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value, folder in (("~/cache", tmp_path / "cache"), ("", tmp_path / ".cache" / "mocme_dist")):
+        monkeypatch.setenv("MOCME_CACHE", value)
+        assert environment.cache_folder() == folder
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOCME_CACHE", "here")
+    assert environment.cache_folder() == tmp_path / "here"
