@@ -73,9 +73,9 @@ def run_rank(run_dir: str, steps: int, overrides: Sequence[str]) -> dict[str, An
             comm.barrier()
             start = time.perf_counter()
             estimate = step % config.mine.every == 0
-            parts = worker.parts(prepared, step)
+            micro_batches = worker.micro_batches(prepared, step)
             found = train_step(
-                worker.engine, worker.table, parts, comm, worker.tally, estimate=estimate, timer=worker.timer
+                worker.engine, worker.table, micro_batches, comm, worker.tally, estimate=estimate, timer=worker.timer
             )
             step_ms.append(1e3 * (time.perf_counter() - start))
             losses.append(float(found.sums[at]))
@@ -98,10 +98,10 @@ def plan_of(overrides: Sequence[str], world_size: int) -> dict[str, float]:
     from mocme_dist.config import load_config
     from mocme_dist.train import resolve_paths
     from mocme_dist.training.build import open_dataset
-    from mocme_dist.training.plan import make_plan
+    from mocme_dist.training.plan import Planner
 
     config = resolve_paths(load_config([], list(overrides)))
-    plan = make_plan(config, open_dataset(config.data), world_size, under_ray=False)
+    plan = Planner(config, open_dataset(config.data), world_size).plan(under_ray=False)
     parts = {**plan.resident, "a step": plan.passing["a step"]}
     return {"dense parameters": plan.dense_parameters, **{name: size / 2**20 for name, size in parts.items()}}
 
