@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 # Set while this process is in a Ray session that `connect_ray` joined or started.
 _joined_here = threading.Event()
+_left_behind = threading.Event()
+# Ray needs about five seconds (seconds).
+LEAVE_S = 60.0
 
 # A local cluster transfers only task descriptions and statistics; Ray's default takes a third of the memory.
 OBJECT_STORE_BYTES = 200_000_000
@@ -251,14 +254,25 @@ def _join(address: str | None, min_cpus: int, log_to_driver: bool, trains: bool)
 def leave_ray() -> None:
     """Leave the Ray that `connect_ray` joined or started, so that Ray prints nothing after the last line of a command.
 
-    A Ray session that the caller of a command opened itself is left alone: it may have other work in it.
+    A Ray session that the caller of a command opened itself is left alone: it may have other work in it. Ray waits for
+    its raylet without a limit; after `LEAVE_S` seconds Ray is left behind, see `left_behind`.
     """
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized() and _joined_here.is_set():
         _joined_here.clear()
         ray_loss.leaving()
+        leaver = threading.Thread(target=ray.shutdown, name="leave-ray", daemon=True)
         with Progress("leaving Ray"):
-            ray.shutdown()
+            leaver.start()
+            leaver.join(LEAVE_S)
+        if leaver.is_alive():
+            _left_behind.set()
+            log.warning("ray: has not answered for %g s, so this command ends without leaving it", LEAVE_S)
+
+
+def left_behind() -> bool:
+    """Return whether Ray did not let this process go, which must then end without running Python's exit handlers."""
+    return _left_behind.is_set()
 
 
 class Job(NamedTuple):

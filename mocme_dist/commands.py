@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mocme_dist import ray_loss
-from mocme_dist.cluster import leave_ray, submitted_job
+from mocme_dist.cluster import leave_ray, left_behind, submitted_job
 from mocme_dist.config import Config, load_config
 from mocme_dist.config.encoders import TRUST_FLAG
 from mocme_dist.console import open_console, printable
@@ -130,6 +130,20 @@ def _missing_package_is_a_mistake() -> Iterator[None]:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main` and exit with its code; a user's mistake prints one line without a traceback."""
+    code = 0
+    try:
+        _run_or_exit(main)
+    except SystemExit as end:
+        if not left_behind():
+            raise
+        code = end.code if isinstance(end.code, int) else 1
+    if left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run_or_exit(main: Callable[[], None]) -> None:
     level = log_level().upper()
     if level not in LEVELS:
         error = ConfigError(f"MOCME_LOG={log_level()}: expected one of {', '.join(LEVELS)}")

@@ -97,9 +97,9 @@ def train(config: Config) -> dict[str, Any]:
             return report
         state = State(directory)
 
-        def end(error: BaseException) -> None:
+        def end(error: BaseException, durable: bool = True) -> None:
             with signals_blocked():
-                state.end(error)
+                state.end(error, durable)
             directory.try_to_send(held, "run_status.json")
 
         try:
@@ -109,7 +109,7 @@ def train(config: Config) -> dict[str, Any]:
                     directory.write_config(config)
                 state.begin()
                 directory.send(held, "config.yaml", "run_status.json")
-                with ray_loss.telling(end), state.beating():
+                with ray_loss.telling(lambda error: end(error, durable=False)), state.beating():
                     prepare_data(config)
                     refuse_what_cannot_fit(config)
                     report = launch(config, "train", lease)

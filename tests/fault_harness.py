@@ -81,6 +81,13 @@ class Command:
         table = dict(_processes())
         return {pid for pid, start in self.known.items() if pid in table and table[pid][1] == start}
 
+    def wait_until_gone(self, pid: int, timeout_s: float = 30) -> None:
+        """Wait for the end of a descendant."""
+        deadline = time.monotonic() + timeout_s
+        while pid in self.left():
+            assert time.monotonic() < deadline, f"process {pid} is still there"
+            time.sleep(0.01)
+
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 600) -> Any:
         """The condition's value once it holds; fails when the command ends before."""
         deadline = time.monotonic() + timeout_s

@@ -224,10 +224,10 @@ class RunDirectory:
         except (StorageError, LockedError) as error:
             log.warning("%s", error)
 
-    def write_status(self, state: str, **fields: Any) -> None:
+    def write_status(self, state: str, *, durable: bool = True, **fields: Any) -> None:
         """Write run_status.json; `state` is running, done, failed or preempted. A full disk costs a warning."""
         try:
-            write_json(self._status, {"state": state, "updated": time.time(), **fields})
+            write_json(self._status, {"state": state, "updated": time.time(), **fields}, durable)
         except StorageError as error:
             if state not in self._unwritten:  # heartbeats come every few seconds
                 log.warning("the status %s is not written: %s", state, error)

@@ -86,16 +86,16 @@ class State:
         with beating(beat):
             yield
 
-    def end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None, durable: bool = True) -> None:
         """Record how the command ended, None for success; writes nothing if another process has taken the run over."""
-        self._write_end(error)
+        self._write_end(error, durable)
         self.ended = True
 
-    def _write_end(self, error: BaseException | None) -> None:
+    def _write_end(self, error: BaseException | None, durable: bool) -> None:
         if not self.directory.is_held:
             return
         if error is None:
-            self.directory.write_status("done", exit_code=0, **_lasting(self.directory.read_status()))
+            self.directory.write_status("done", exit_code=0, durable=durable, **_lasting(self.directory.read_status()))
             return
         now = self.directory.read_status()
         stopped = isinstance(error, Preempted | KeyboardInterrupt)
@@ -106,7 +106,11 @@ class State:
         code = Preempted.exit_code if stopped else error.exit_code if isinstance(error, MocmeError) else 70
         kind = Preempted.__name__ if stopped else type(error).__name__
         self.directory.write_status(
-            "preempted" if stopped else "failed", exit_code=code, error=f"{kind}: {error}", **_lasting(now)
+            "preempted" if stopped else "failed",
+            durable=durable,
+            exit_code=code,
+            error=f"{kind}: {error}",
+            **_lasting(now),
         )
 
 

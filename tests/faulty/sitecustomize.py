@@ -2,8 +2,8 @@
 
 MOCME_TEST_SLOW_SYNC=SECONDS makes the disk slow where checkpoints are written, so that a process can be killed there.
 MOCME_TEST_RAISE=RANK:STEP makes one rank fail in a step, at every attempt. MOCME_TEST_SLOW_TEST=SECONDS makes the final
-evaluation slow. MOCME_TEST_GCS_SILENT=SECONDS shortens the time after which a silent GCS counts as lost. The product
-knows nothing of them.
+evaluation slow. MOCME_TEST_GCS_SILENT=SECONDS shortens the time after which a silent GCS counts as lost,
+MOCME_TEST_LEAVE=SECONDS that after which a silent Ray is left behind. The product knows nothing of them.
 """
 
 import importlib.util
@@ -56,6 +56,11 @@ def silent_gcs(module):
     module.GCS_SILENT_S = float(os.environ["MOCME_TEST_GCS_SILENT"])
 
 
+def silent_at_the_end(module):
+    """Leave a silent Ray behind sooner."""
+    module.LEAVE_S = float(os.environ["MOCME_TEST_LEAVE"])
+
+
 class Finder:
     """Patches a module once it is imported."""
 
@@ -81,5 +86,7 @@ if "MOCME_TEST_RAISE" in os.environ:
     sys.meta_path.insert(0, Finder("mocme_dist.training.loop", failing_step))
 if "MOCME_TEST_GCS_SILENT" in os.environ:
     sys.meta_path.insert(0, Finder("mocme_dist.ray_loss", silent_gcs))
+if "MOCME_TEST_LEAVE" in os.environ:
+    sys.meta_path.insert(0, Finder("mocme_dist.cluster", silent_at_the_end))
 if "MOCME_TEST_SLOW_TEST" in os.environ:
     sys.meta_path.insert(0, Finder("mocme_dist.runs.task", slow_test))

@@ -81,3 +81,18 @@ def test_the_death_of_ray_is_a_failure_with_its_code(featured_dataset, tmp_path,
     assert re.search(rf"error: RankError: Ray was lost: {said}", command.text)
     now = status(run_dir)
     assert (now["state"], now["exit_code"]) == ("failed", 70) and "Ray was lost" in now["error"]
+
+
+def test_a_stopped_raylet_does_not_hold_a_finished_command(featured_dataset, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = train_arguments(featured_dataset, run_dir, "train.epochs=1", "launch.workers=1")
+    with Command(tmp_path, *arguments, MOCME_TEST_SLOW_TEST="2", MOCME_TEST_LEAVE="4") as command:
+        command.wait_for(lambda: STAGES["final evaluation"](command, run_dir))
+        raylet = pid_of(command, "raylet")
+        assert raylet is not None
+        os.kill(raylet, signal.SIGSTOP)
+        code, last = command.end()
+    assert code == 0 and "mrr" in json.loads(last), command.text[-4000:]
+    assert "has not answered for 4 s, so this command ends without leaving it" in command.text
+    assert status(run_dir)["state"] == "done" and not (run_dir / "lock").exists()
+    command.wait_until_gone(raylet)
