@@ -250,26 +250,6 @@ def rank_queries(
     shard: Vectors,
     known: KnownAnswers,
     comm: Comm,
-    *,
-    query_block: int = 256,
-    tile_rows: int = 1024,
-    compiled: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """(Q,) float64 filtered ranks of any number of queries, the same on every rank; collective.
-
-    See `rank_both_ways`.
-    """
-    sizes = Sizes(query_block, tile_rows, compiled)
-    return rank_both_ways(queries, phase_of, shard, known, comm, sizes, progress).filtered
-
-
-def rank_both_ways(
-    queries: Queries,
-    phase_of: Callable[[Tensor], Tensor],
-    shard: Vectors,
-    known: KnownAnswers,
-    comm: Comm,
     sizes: Sizes,
     progress: Callable[[int, int], None] | None = None,
 ) -> Ranks:

@@ -22,7 +22,7 @@ from mocme_dist.data.features import FeatureStore
 from mocme_dist.data.progress import Progress
 from mocme_dist.errors import ConfigError, DivergedError
 from mocme_dist.evaluation.metrics import report
-from mocme_dist.evaluation.ranking import Queries, Ranks, RowShard, Sizes, rank_both_ways, split_queries
+from mocme_dist.evaluation.ranking import Queries, Ranks, RowShard, Sizes, rank_queries, split_queries
 from mocme_dist.memory import return_pages
 from mocme_dist.model.mine import find_halves
 from mocme_dist.model.mocme import MoCME
@@ -304,7 +304,7 @@ class Worker:
             if encoder.num_pieces == 1:
                 shard = encoder.whole()
                 self.check_finite(encoder.finite)  # before the queries are ranked
-            ranks = rank_both_ways(
+            ranks = rank_queries(
                 queries,
                 self.model.relations,
                 shard,

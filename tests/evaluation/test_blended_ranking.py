@@ -9,7 +9,7 @@ from planted import E, R, brute_force, evidence_of, planted
 
 from mocme_dist.data.known import KnownAnswers
 from mocme_dist.evaluation.blended import BlendInputs, rank_blended
-from mocme_dist.evaluation.ranking import RowShard, Sizes, rank_both_ways, rank_queries, split_queries
+from mocme_dist.evaluation.ranking import RowShard, Sizes, rank_queries, split_queries
 from mocme_dist.evidence.fit import model_alone
 from mocme_dist.evidence.terms import term_names
 from mocme_dist.parallel.comm import Comm, communication
@@ -36,9 +36,7 @@ def rank_all(comm: Comm, seed: int, block: int, tile: int, compiled: bool, parts
     sizes = Sizes(block, tile, compiled)
     inputs = BlendInputs(phase_of, shard, known, evidence, tables(parts), sizes)
     ranks = [found.filtered for found in rank_blended(split_queries(data.test), inputs, comm)]
-    alone = rank_queries(
-        split_queries(data.test), phase_of, shard, known, comm, query_block=block, tile_rows=tile, compiled=compiled
-    )
+    alone = rank_queries(split_queries(data.test), phase_of, shard, known, comm, Sizes(block, tile, compiled)).filtered
     return [*ranks, alone]
 
 
@@ -102,7 +100,7 @@ def with_unknown(comm: Comm, compiled: bool) -> list[np.ndarray]:
     silent[:, 0] = 0
     inputs = BlendInputs(phase_of, shard, known, evidence, [*tables(), silent], Sizes(16, 21, compiled))
     blended, alone, by_evidence = rank_blended(split_queries(data.test), inputs, comm)
-    plain = rank_both_ways(split_queries(data.test), phase_of, shard, known, comm, inputs.sizes)
+    plain = rank_queries(split_queries(data.test), phase_of, shard, known, comm, inputs.sizes)
     assert np.array_equal(plain.without_source, alone.without_source)
     # Nothing is known to the model of these sources, so it has no say; of the others it has.
     same = blended.filtered == by_evidence.filtered

@@ -8,7 +8,7 @@ import torch
 from graphs import D, E, R, graph, vectors
 
 from mocme_dist.evaluation.metrics import report
-from mocme_dist.evaluation.ranking import RowShard, rank_queries, split_queries
+from mocme_dist.evaluation.ranking import RowShard, Sizes, rank_queries, split_queries
 from mocme_dist.parallel.comm import communication
 
 
@@ -70,8 +70,8 @@ def test_metrics_equal_those_of_pykeen():
     queries = split_queries(test.numpy())
     with communication(30) as comm:
         ranks = rank_queries(
-            queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm, query_block=16, tile_rows=24
-        )
+            queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm, Sizes(16, 24)
+        ).filtered
     ours = report("test", ranks, queries.direction, np.ones((2, len(ranks)), bool))
     names = {
         "mrr": "inverse_harmonic_mean_rank",

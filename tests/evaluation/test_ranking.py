@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,22 @@ import torch
 from graphs import D, E, R, brute_force, graph, vectors
 
 from mocme_dist.data.known import KnownAnswers
-from mocme_dist.evaluation.ranking import Queries, RowShard, Sizes, rank_both_ways, rank_queries, split_queries
+from mocme_dist.evaluation.ranking import Queries, RowShard, Sizes, rank_queries, split_queries
 from mocme_dist.parallel.comm import Comm, communication
 from mocme_dist.partition import RowPartition
 
 
 def rank_alone(
-    queries: Queries, known: KnownAnswers, z_ED: torch.Tensor, phase_RC: torch.Tensor, **settings: Any
+    queries: Queries,
+    known: KnownAnswers,
+    z_ED: torch.Tensor,
+    phase_RC: torch.Tensor,
+    progress: Callable[[int, int], None] | None = None,
+    **sizes: Any,
 ) -> np.ndarray:
+    place = (lambda relation: phase_RC[relation], RowShard(z_ED, 0), known)
     with communication(30) as comm:
-        return rank_queries(queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm, **settings)
+        return rank_queries(queries, *place, comm, Sizes(**sizes), progress).filtered
 
 
 @pytest.mark.parametrize(("query_block", "tile_rows"), [(7, 17), (80, 53), (256, 1024), (16, 16), (1, 52), (100, 20)])
@@ -60,7 +67,7 @@ def test_ranks_without_the_source_equal_ranks_that_filter_it(compiled):
     both = Queries(*(column.repeat(2) for column in queries))
     with communication(30) as comm:
         place = (lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, comm)
-        found = rank_both_ways(both, *place, Sizes(16, 24, compiled))
+        found = rank_queries(both, *place, Sizes(16, 24, compiled))
 
     class AndSources:
         """Known answers and each query's source."""
@@ -103,7 +110,7 @@ def rank_shard(comm: Comm, tile_rows: int, compiled: bool, num_rows: int) -> np.
     first, last = RowPartition(num_rows, comm.world_size).bounds(comm.rank)
     phase_of = lambda relation: phase_RC[relation]  # noqa: E731
     shard = RowShard(z_ED[first:last], first)
-    return rank_queries(queries, phase_of, shard, known, comm, query_block=16, tile_rows=tile_rows, compiled=compiled)
+    return rank_queries(queries, phase_of, shard, known, comm, Sizes(16, tile_rows, compiled)).filtered
 
 
 def test_ranks_are_the_same_bit_for_bit_at_every_world_size(run_ranks):

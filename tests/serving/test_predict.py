@@ -8,7 +8,7 @@ from tiny_bundle import config_of
 
 from mocme_dist import load_bundle
 from mocme_dist.errors import ConfigError, DataError
-from mocme_dist.evaluation.ranking import rank_queries, split_queries
+from mocme_dist.evaluation.ranking import Sizes, rank_queries, split_queries
 from mocme_dist.parallel.comm import communication
 from mocme_dist.runs.checkpoints import Checkpoints
 from mocme_dist.serving.batch import Options, answer_file, check_names, read_questions
@@ -65,8 +65,8 @@ def test_the_place_of_a_fact_is_the_rank_that_evaluation_gives_it(answered_run, 
         queries = split_queries(worker.dataset.triples("test")).take(slice(0, 40))
         shard = worker.encode_rows()
         ranks = rank_queries(
-            queries, worker.model.relations, shard, worker.dataset.known("all"), comm, query_block=16, tile_rows=64
-        )
+            queries, worker.model.relations, shard, worker.dataset.known("all"), comm, Sizes(16, 64)
+        ).filtered
     found = []
     for source, relation, direction, target in zip(*queries, strict=True):
         asked = Asked.of(bundle, [source], [relation], [direction])

@@ -10,7 +10,7 @@ import torch
 from plain_settings import MODEL
 from tiny_run import tiny_config
 
-from mocme_dist.evaluation.ranking import RowShard, rank_queries, split_queries
+from mocme_dist.evaluation.ranking import RowShard, Sizes, rank_queries, split_queries
 from mocme_dist.parallel.comm import Comm
 from mocme_dist.training.build import build_worker, open_dataset
 from mocme_dist.training.encode import EntityEncoder
@@ -37,7 +37,7 @@ def rank_both(comm: Comm, dataset: Path, run_dir: Path, block_rows: int) -> tupl
     ids = np.arange(worker.dataset.num_entities)
     assert torch.equal(lazy.pick(ids), whole.pick(ids))
     ranks = [
-        rank_queries(queries, worker.model.relations, vectors, known, comm, query_block=16, tile_rows=24)
+        rank_queries(queries, worker.model.relations, vectors, known, comm, Sizes(16, 24)).filtered
         for vectors in (whole, encoder())
     ]
     return ranks[0], ranks[1], lazy.num_pieces

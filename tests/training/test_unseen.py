@@ -16,7 +16,7 @@ from mocme_dist.config.schema import DataConfig, EncodersConfig
 from mocme_dist.data.dataset import Dataset
 from mocme_dist.data.packing import pack_folder
 from mocme_dist.encoders.pipeline import extract_features
-from mocme_dist.evaluation.ranking import Queries, rank_queries
+from mocme_dist.evaluation.ranking import Queries, Sizes, rank_queries
 from mocme_dist.parallel.comm import Comm, communication
 from mocme_dist.parallel.table import EntityTable
 from mocme_dist.runs.checkpoints import Checkpoints
@@ -131,9 +131,7 @@ def test_a_bundle_ranks_them_as_evaluation_does(unseen_run, unseen_dataset, tmp_
         worker = build_worker(config, dataset, comm)
         restore(worker, saved)
         known = dataset.known("all")
-        ranks = rank_queries(
-            queries, worker.model.relations, worker.encode_rows(), known, comm, query_block=16, tile_rows=64
-        )
+        ranks = rank_queries(queries, worker.model.relations, worker.encode_rows(), known, comm, Sizes(16, 64)).filtered
     found = []
     for source, relation, direction, target in zip(*queries, strict=True):
         asked = Asked.of(bundle, [source], [relation], [direction])

@@ -125,7 +125,7 @@ def rank_both(problem: Problem, queries: Queries, comm: Comm) -> tuple[np.ndarra
     counted = CountedComm(**{field.name: getattr(comm, field.name) for field in fields(comm)})
     evidence, shard = problem.evidence(counted)
     object.__setattr__(counted, "given", 0)
-    rank_queries(queries, problem.phase_of, shard, problem.known, counted, compiled=True)
+    rank_queries(queries, problem.phase_of, shard, problem.known, counted, Sizes(compiled=True))
     alone = counted.given  # type: ignore[attr-defined]
     table = problem.table(len(evidence.terms))
     inputs = BlendInputs(problem.phase_of, shard, problem.known, evidence, [table], SIZES)
@@ -216,7 +216,7 @@ def main() -> None:
         fitted, every = problem.table(len(evidence.terms), FITTED), problem.table(len(evidence.terms))
 
         def by_model() -> np.ndarray:
-            return rank_queries(problem.queries, *place, query_block=256, tile_rows=1024, compiled=True)
+            return rank_queries(problem.queries, *place, Sizes(256, 1024, True)).filtered
 
         def by_blend(table: Tensor = fitted) -> np.ndarray:
             return rank_blended(problem.queries, BlendInputs(*place[:3], evidence, [table], SIZES), comm)[0].filtered

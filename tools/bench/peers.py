@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mocme_dist.config import load_config
 from mocme_dist.data.known import KnownAnswers
-from mocme_dist.evaluation.ranking import Queries, RowShard, rank_queries, split_queries
+from mocme_dist.evaluation.ranking import Queries, RowShard, Sizes, rank_queries, split_queries
 from mocme_dist.model.loss import completion_loss
 from mocme_dist.parallel.comm import communication
 from mocme_dist.training.build import build_worker, loss_settings, open_dataset
@@ -185,8 +185,8 @@ def ranking_rows(folder: Path, repeats: int, num_triples: int) -> tuple[bool, li
 
     def rank(queries: Queries) -> np.ndarray:
         return rank_queries(
-            queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, _alone(), compiled=True
-        )
+            queries, lambda relation: phase_RC[relation], RowShard(z_ED, 0), known, _alone(), Sizes(compiled=True)
+        ).filtered
 
     ours_ms, ours_p90 = measure(lambda: rank(sample), 2, repeats)
     ours_per_s = len(sample.source) / ours_ms * 1e3

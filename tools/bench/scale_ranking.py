@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mocme_dist.data.known import KnownAnswers
-from mocme_dist.evaluation.ranking import Queries, RowShard, rank_queries
+from mocme_dist.evaluation.ranking import Queries, RowShard, Sizes, rank_queries
 from mocme_dist.parallel.comm import Comm, communication
 from mocme_dist.partition import RowPartition
 
@@ -57,11 +57,13 @@ def rank_here(comm: Comm, num_entities: int, num_queries: int, width: int) -> tu
         RowShard(z_rD[:2048], first),
         known,
         comm,
-        compiled=True,
+        Sizes(compiled=True),
     )
     comm.barrier()
     start = time.perf_counter()
-    ranks = rank_queries(queries, lambda relation: phase_RC[relation], shard, known, comm, compiled=True)
+    ranks = rank_queries(
+        queries, lambda relation: phase_RC[relation], shard, known, comm, Sizes(compiled=True)
+    ).filtered
     return ranks, time.perf_counter() - start
 
 
