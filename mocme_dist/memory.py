@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 # Parameters of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
+# The largest threshold that glibc accepts.
+_MAPPED_BYTES = 32 << 20
 
 
 def keep_pages() -> None:
@@ -16,11 +18,24 @@ def keep_pages() -> None:
     By default glibc maps and unmaps each of them. The page faults cost about half of a training step on a CPU, and an
     eighth of a text encoder's time in an actor's thread.
     """
+    _tune({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1})
+
+
+def map_large_tensors() -> None:
+    """Make the allocator map tensors of 32 MiB and more one by one, and keep the pages of smaller ones as before.
+
+    For models whose parameters are that large: in a heap that keeps pages, values, gradients and copies of them leave
+    gaps into which the next ones do not fit.
+    """
+    _tune({_M_MMAP_THRESHOLD: _MAPPED_BYTES, _M_MMAP_MAX: 65_536})
+
+
+def _tune(settings: dict[int, int]) -> None:
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # another C library: nothing to tune
-    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
+    for parameter, value in settings.items():
         mallopt(parameter, value)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -53,6 +55,27 @@ class Experts(nn.Module):
         self.residual, self.num_experts, self.recompute = residual, num_experts, recompute
         self.precision = precision
 
+    def divided(self) -> DividedExperts:
+        """Return the same experts with a module per modality; the parameters are copies."""
+        num_modalities, width = self.first_MDH.shape[:2]
+        by_modality = []
+        for m in range(num_modalities):
+            with torch.device("meta"):
+                own = Experts(
+                    1,
+                    self.num_experts,
+                    width,
+                    self.dropout.p,
+                    self.residual,
+                    torch.Generator(),
+                    self.recompute,
+                    self.precision,
+                )
+            for name, p in self.named_parameters():
+                setattr(own, name, nn.Parameter(p.detach().chunk(num_modalities)[m].clone()))
+            by_modality.append(own)
+        return DividedExperts(by_modality)
+
     def forward(self, x_MUD: Tensor) -> Tensor:
         """(M, U, D) to views (M, K, U, D).
 
@@ -79,3 +102,18 @@ class Experts(nn.Module):
         hidden_LUD = self.dropout(hidden_MUH).view(M, U, K, D).transpose(1, 2).reshape(M * K, U, D)
         views = torch.baddbmm(second_bias_LD[:, None], hidden_LUD, second_LDD).view(M, K, U, D).to(x_MUD.dtype)
         return views + x_MUD[:, None] if self.residual else views
+
+
+class DividedExperts(nn.Module):
+    """Experts with a module per modality, for an engine that gathers parameters by module (ZeRO-3).
+
+    The first axis of every parameter of `Experts` is that of the modalities; each module has one modality's share.
+    """
+
+    def __init__(self, by_modality: Sequence[Experts]) -> None:
+        super().__init__()
+        self.by_modality = nn.ModuleList(by_modality)
+
+    def forward(self, x_MUD: Tensor) -> Tensor:
+        """(M, U, D) to views (M, K, U, D)."""
+        return torch.cat([experts(x_MUD[m : m + 1]) for m, experts in enumerate(self.by_modality)])

@@ -7,6 +7,7 @@ check.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from mocme_dist.errors import CheckpointError
 from mocme_dist.parallel.comm import Comm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# A modality's share in the name of a parameter of `DividedExperts`.
+_MODALITY = re.compile(r"\.by_modality\.\d+\.")
 
 
 class Engine(Protocol):
@@ -106,6 +109,35 @@ def together(module: nn.Module, apart: str | None) -> list[tuple[str, nn.Paramet
     return [(name, p) for name, p in module.named_parameters() if name != apart]
 
 
+def join_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with the experts of all modalities joined, so that its names do not depend on the stage.
+
+    Empties `state`, because two copies of it may not fit into memory.
+    """
+    names: dict[str, list[str]] = {}
+    for name in state:
+        names.setdefault(_MODALITY.sub(".", name), []).append(name)
+    out: dict[str, Tensor] = {}
+    for whole, found in names.items():
+        values = [state.pop(name) for name in found]
+        out[whole] = values[0] if len(values) == 1 else torch.cat(values)
+    return out
+
+
+def divide_experts(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a joined state with the names of this module: the inverse of `join_experts`, without copies."""
+    divided: dict[str, list[str]] = {}
+    for name, _ in module.named_parameters():
+        divided.setdefault(_MODALITY.sub(".", name), []).append(name)
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        kind, _, whole = name.partition("/")
+        names = divided.get(whole, [])
+        pieces = value.chunk(len(names)) if len(names) > 1 else (value,)
+        out |= {f"{kind}/{own}": piece for own, piece in zip(names or [whole], pieces, strict=False)}
+    return out
+
+
 def check_state(module: nn.Module, apart: str | None, state: dict[str, Tensor]) -> None:
     """Refuse a state of another model. Under ZeRO-3 the shape of a parameter is that of its part.
 
@@ -174,7 +206,7 @@ class TorchEngine:
         # A parameter that this rank's graph did not reach counts as zero, as it does under DeepSpeed: all ranks reduce
         # the same flat vector, and one count of updates serves all moments.
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
-        flat = self.comm.sum(flat) / self.comm.world_size
+        flat = self.comm.sum(flat).div_(self.comm.world_size)
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 
@@ -270,13 +302,14 @@ def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, apart: str 
             out[f"{moment}/{name}"] = (
                 torch.zeros_like(out[f"value/{name}"]) if value is None else value.detach().float().cpu().clone()
             )
-    return out
+    return join_experts(out)
 
 
 def load_plain_state(
     module: nn.Module, optimizer: torch.optim.Optimizer, apart: str | None, state: dict[str, Tensor], num_updates: int
 ) -> None:
     """Implement `Engine.load_state` for parameters and moments that are whole on every rank."""
+    state = divide_experts(module, state)
     check_state(module, apart, state)
     with torch.no_grad():
         for name, p in together(module, apart):

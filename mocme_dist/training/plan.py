@@ -33,6 +33,7 @@ from mocme_dist.training.build import (
     model_settings,
     resolve_modalities,
 )
+from mocme_dist.training.dense_plan import copied_bytes, dense_bytes
 from mocme_dist.training.evidence_plan import EvidencePlan
 
 # Resident memory of a rank without data, measured on Linux with torch 2.13's CPU build: the interpreter with
@@ -181,13 +182,12 @@ class Planner:
             "process": PROCESS_BYTES + self._process_extras(under_ray),
             **self._row_bytes(model.blocks.width),
             **{f"features: {name}": size for name, size in features.items()},
-            "dense: values and gradients": 8 * dense,
-            "dense: moments": 8 * dense // (world_size if config.deepspeed.stage >= 1 else 1),
+            **dense_bytes(config.deepspeed, dense, world_size),
             "batches: places of the pool": 4 * dataset.num_entities,
             "batches: features made ahead": self._ahead_bytes(widths, requests),
         }
         passing = {
-            "a step": self._step_bytes(model, requests),
+            "a step": self._step_bytes(model, requests) + copied_bytes(config.deepspeed, model, world_size),
             "a ranking": self._ranking_bytes(model) + evidence.num_bytes,
             "a checkpoint": 12 * dense,
         }

@@ -202,3 +202,21 @@ def test_bfloat16_projections_are_float32_up_to_roundings_and_in_evaluation_equa
     for value, expected in zip(rounded, exact, strict=True):
         assert value.dtype == torch.float32
         assert (value - expected).norm() <= 16 * HALF_DIGIT * expected.norm()
+
+
+def test_divided_experts_have_the_views_and_gradients_of_the_whole():
+    whole = experts(True)
+    divided = whole.divided()
+    assert [len(list(own.parameters())) for own in divided.by_modality] == [4] * M
+    x_MUD = torch.randn(M, U, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = []
+    for module in (whole, divided):
+        leaf = x_MUD.clone().requires_grad_()
+        views = module(leaf)
+        (views * torch.arange(views.numel()).view_as(views)).sum().backward()
+        found.append((views, leaf.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    for name, p in whole.named_parameters():
+        stacked = torch.cat([own.get_parameter(name).grad for own in divided.by_modality])
+        torch.testing.assert_close(stacked, p.grad)

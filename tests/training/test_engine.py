@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mocme_dist.config.schema import DeepSpeedConfig
 from mocme_dist.errors import CheckpointError, ConfigError
+from mocme_dist.model.experts import Experts
 from mocme_dist.training.deepspeed_engine import make_engine
-from mocme_dist.training.engine import Engine
+from mocme_dist.training.engine import Engine, check_state, divide_experts, join_experts
 
 # How the dense part may be held: engine, ZeRO stage, bf16.
 FLOAT = [("torch", 0, False), *(("deepspeed", stage, False) for stage in range(4))]
@@ -269,3 +270,27 @@ def check_refusals(comm: Any) -> None:
 
 def test_a_state_of_another_model_is_refused_by_name(run_ranks):
     run_ranks(1, check_refusals)
+
+
+def test_divided_experts_are_joined_under_the_names_and_values_of_the_whole():
+    module = nn.Module()
+    module.experts = Experts(3, 2, 4, 0.0, False, torch.Generator().manual_seed(0))
+    whole = {f"value/{name}": p.detach().clone() for name, p in module.named_parameters()}
+    module.experts = module.experts.divided()
+    named = divide_experts(module, {**whole, "buffer/other": torch.ones(3)})
+    assert named.keys() == {f"value/{name}" for name, _ in module.named_parameters()} | {"buffer/other"}
+    for name, p in module.named_parameters():
+        assert torch.equal(named[f"value/{name}"], p)
+    back = join_experts(named)
+    assert list(back) == [*whole, "buffer/other"] and not named
+    assert all(torch.equal(back[name], value) for name, value in whole.items())
+
+
+def test_a_checkpoint_of_fewer_modalities_is_refused_with_both_shapes():
+    module, saved = nn.Module(), nn.Module()
+    module.experts = Experts(3, 2, 4, 0.0, False, torch.Generator()).divided()
+    saved.experts = Experts(2, 2, 4, 0.0, False, torch.Generator())
+    kinds = ("value", "exp_avg", "exp_avg_sq")
+    fewer = {f"{kind}/{name}": p.detach() for name, p in saved.named_parameters() for kind in kinds}
+    with pytest.raises(CheckpointError, match=r"experts.by_modality.2.first_MDH: checkpoint nothing, now \(1, 4, 8\)"):
+        check_state(module, None, divide_experts(module, fewer))

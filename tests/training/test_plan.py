@@ -25,6 +25,7 @@ from mocme_dist.prefetch import DEPTH
 from mocme_dist.training import plan as planning
 from mocme_dist.training.build import build_worker, open_dataset
 from mocme_dist.training.plan import Node, Plan, Planner, check_plan, exchange_bytes
+from tools.bench import stages
 from tools.bench.rank import measure_ranks
 from tools.synthetic.packed import write_packed
 from tools.synthetic.planted import Planted
@@ -227,6 +228,42 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(planted, tmp_path, sh
     if plan.peak / 2**20 != pytest.approx(found[0], rel=0.15):
         found += [measure(), measure()]
     assert plan.peak / 2**20 == pytest.approx(statistics.median(found), rel=0.15), f"{found}; {plan.summary()}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_dense_memory_of_each_stage_is_within_15_percent_of_the_measured_one(tmp_path, stage):
+    """Six modalities, eight experts of width 1,024: 102 million parameters, nearly all of them experts'."""
+    settings = stages.settings_of(stages.make_dataset(tmp_path), 6, 8, 1024)
+    found = stages.measure_stage(settings, stage, 2, 3, 1)
+    peak, plan, error, *_ = stages.figures(found)
+    assert error["name"] == f"stage{stage}_plan_error" and error["value"] <= 0.15, (peak, plan)
+
+
+def test_each_stage_shards_more_of_the_dense_part(featured_dataset, tmp_path):
+    def dense(stage: int, world: int, *more: str) -> list[int]:
+        plan = plan_for(
+            tiny_config(
+                featured_dataset,
+                tmp_path,
+                "modalities=[structure, numeric]",
+                "deepspeed.engine=deepspeed",
+                f"deepspeed.stage={stage}",
+                *more,
+            ),
+            world,
+        )
+        N = 4 * plan.dense_parameters
+        return [
+            round(plan.resident[f"dense: {kind}"] * world / N)
+            for kind in ("values and gradients", "moments and masters")
+        ]
+
+    # In units of the values, over all of four ranks.
+    assert [dense(stage, 4) for stage in range(4)] == [[8, 8], [8, 3], [5, 3], [2, 3]]
+    assert [dense(stage, 1) for stage in range(4)] == [[2, 2], [2, 3], [2, 3], [2, 3]]
+    assert dense(0, 4, "deepspeed.bf16=true") == [4, 3]
 
 
 def test_ranks_without_a_chunk_are_told_with_the_batch_that_gives_them_one(featured_dataset, tmp_path):
