@@ -232,7 +232,7 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(planted, tmp_path, sh
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_dense_memory_of_each_stage_is_within_15_percent_of_the_measured_one(tmp_path, stage):
     """Six modalities, eight experts of width 1,024: 102 million parameters, nearly all of them experts'."""
     settings = stages.settings_of(stages.make_dataset(tmp_path), 6, 8, 1024)

@@ -269,6 +269,7 @@ def compare_pools(work: Path, quick: bool) -> None:
                 files.append({path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."})
                 shutil.rmtree(folder)
             ratios.append(seconds[0] / seconds[1])
+            print(f"  {modality}: one pool {seconds[0]:.1f} s, two {seconds[1]:.1f} s", file=sys.stderr, flush=True)
             parity = parity and files[0] == files[1]
         rows.append(row(f"two_pools_speedup_{modality}", statistics.median(ratios), "x, of one pool on the same CPUs"))
         turns[modality] = [round(ratio, 3) for ratio in ratios]
