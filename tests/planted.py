@@ -97,6 +97,7 @@ def brute_force(data: Planted, queries: list[tuple[int, int, int]]) -> dict[str,
             _put(out, f"likeness:{name}", number, likeness)
         has_facts = any(end == source for _, end, _, _ in facts)
         match = np.zeros(E) if has_facts else dense["text"] @ dense["text"][source] / SCALE**2
+        match[source] = 0
         _put(out, "match:text", number, match)
         near = {x: _cosine(sparse[source], sparse[x]) for x in with_place}
         _put(out, "votes:facts", number, _votes({x: c for x, c in near.items() if c > 0}, answers, relation, direction))

@@ -3,7 +3,8 @@
     votes:SPACE     log(A + 1e-3) - log(1e-3), where A(c) is the sum, over the nearest entities x != s that have the
                     relation, of softmax(beta cosine(s, x)) [(x, r, c) in train], times the cosine of the nearest
     likeness:SPACE  cosine of c to the mean of the known answers of (s, r)
-    match:SPACE     cosine of c to s by features, if s has no fact in train; a song's name may have its singer's
+    match:SPACE     cosine of c to s by features, if s has no fact in train and c is not s; a song's name may have
+                    its singer's
     rules           log(confidence + 0.01) - log(0.01) of the best rule that leads from a fact of the source to c
     frequency       log(n + 0.02) - log(0.02), where n is the number of training facts that c answers at this place
 
@@ -215,12 +216,22 @@ class Evidence:
             return
         # Whole numbers times one factor per query: rounded once, so equal wherever a pair is computed.
         part_qn = mean_QF[some_q] @ self._units(space, rows_n).T
+        if term.startswith("match:"):
+            self._leave_out_sources(part_qn, prepared.asked.source_U[index_Q[some_q.cpu().numpy()]], rows_n)
         factor_q = weight_Q[some_q] * (1.0 / SCALE**2)
         if self.kernels is not None:
             self.kernels.add_products(part_qn, factor_q, some_q, out_Qn)
         else:
             part_qn *= factor_q[:, None]
             out_Qn.index_add_(0, some_q, part_qn)
+
+    def _leave_out_sources(self, part_qn: Tensor, source_q: Integers, rows_n: Integers) -> None:
+        """Set the values of sources as their own candidates to 0: that one is like itself says nothing."""
+        local_q = source_q - self.first
+        mine = np.flatnonzero((local_q >= 0) & (local_q < self.num_rows))
+        here, column = self._columns(rows_n, local_q[mine])
+        at_query, at_column = (torch.from_numpy(part[here]).to(part_qn.device) for part in (mine, column))
+        part_qn[at_query, at_column] = 0
 
     def _units(self, space: Space, rows_n: Integers) -> Tensor:
         """(n, F) float32 units.
@@ -339,6 +350,9 @@ class Evidence:
             for at_p in torch.nonzero(weight_PF[:, turn])[:, 0].split(max(1, _NUMBERS // space.width)):
                 mean_pF = mean_UF[torch.from_numpy(index_P[at_p.numpy()])]
                 product_p = (mean_pF * space.rows(torch.from_numpy(row_P[at_p.numpy()]))).sum(1)
+                if self.terms[turn].startswith("match:"):
+                    source_p = prepared.asked.source_U[index_P[at_p.numpy()]] - self.first
+                    product_p[torch.from_numpy(source_p == row_P[at_p.numpy()])] = 0
                 out_P[at_p] += product_p * (weight_PF[at_p, turn] * (1.0 / SCALE**2))
         return out_P
 

@@ -218,7 +218,12 @@ class ServedEvidence:
                 mean_QF = prepared.mean_QF[term]
                 some = (weight_Q != 0) & mean_QF.any(1)
                 unit_nF = self.units[term.split(":", 1)[1]][part][start : start + count].astype(np.float32)
-                out[some] += weight_Q[some, None] * ((mean_QF[some] @ unit_nF.T) * np.float32(1.0 / SCALE**2))
+                value_qn = (mean_QF[some] @ unit_nF.T) * np.float32(1.0 / SCALE**2)
+                if term.startswith("match:"):  # as in evaluation, a source does not match itself
+                    row_q = prepared.asked.source_U[some] - first
+                    here = np.flatnonzero((prepared.asked.source_U[some] >= 0) & (row_q >= 0) & (row_q < count))
+                    value_qn[here, row_q[here]] = 0
+                out[some] += weight_Q[some, None] * value_qn
         return out
 
     def _frequency(self, place_Q: Integers, first: int, count: int) -> Floats:

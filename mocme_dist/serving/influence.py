@@ -261,7 +261,7 @@ class _Evidence:
 
     def _match(self, space: str) -> Floats:
         """A source without a fact is matched by its own features, and loses its only fact here."""
-        if len(self.place_f) > 1:
+        if len(self.place_f) > 1 or self.source == self.answer:
             return np.zeros(len(self.place_f))
         bundle, parts = self.evidence.bundle, self.evidence.units[space]
         source_F, answer_F = bundle.rows(parts, np.array([self.source, self.answer])).astype(np.float64)

@@ -349,7 +349,8 @@ def _evidence_term(evidence: ServedEvidence, prepared: Prepared, term: str, at: 
         return _looked_up(answers, frequency_of(counts), ids)
     name = term.split(":", 1)[1]
     unit_nF = evidence.bundle.rows(evidence.units[name], ids)
-    return (unit_nF @ prepared.mean_QF[term][0]) * np.float32(1.0 / SCALE**2)
+    value_n = (unit_nF @ prepared.mean_QF[term][0]) * np.float32(1.0 / SCALE**2)
+    return np.where(ids == prepared.asked.source_U[0], np.float32(0), value_n) if term.startswith("match:") else value_n
 
 
 def _looked_up(ascending: Integers, value: NDArray[Any], ids: Integers) -> Floats:

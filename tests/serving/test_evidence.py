@@ -14,12 +14,14 @@ from tiny_bundle import PART_BYTES, config_of, rows_of
 from mocme_dist.errors import DataError
 from mocme_dist.evaluation.ranking import split_queries
 from mocme_dist.evidence.blend import load_blend, save_blend
+from mocme_dist.evidence.units import SCALE
 from mocme_dist.parallel.comm import communication
 from mocme_dist.runs.directory import RunDirectory
 from mocme_dist.runs.task import find
 from mocme_dist.serving.bundle import Bundle
 from mocme_dist.serving.export import export_bundle
 from mocme_dist.serving.predict import Question, UnseenEntity, predict
+from mocme_dist.serving.reasons import _evidence_term
 from mocme_dist.serving.scorer import Asked, answers_in, best_answers, not_competing, place
 from mocme_dist.training.blending import Blender
 from mocme_dist.training.build import build_worker, open_dataset
@@ -120,3 +122,29 @@ def test_an_unseen_entity_has_the_units_of_its_features_and_they_vote(blended_ru
             for given in (units, {})
         )
         assert alike.answer.tolist() != bare.answer.tolist() or alike.score.tolist() != bare.score.tolist()
+
+
+def test_a_source_without_facts_does_not_match_itself(blended_bundle, monkeypatch):
+    """As in `Evidence`: the candidate that is the source has no value, all others their cosines."""
+    evidence, source = blended_bundle.evidence, 7
+    name = next(name for name in evidence.about["spaces"] if name not in ("model", "coordinates"))
+    asked = Asked.of(blended_bundle, [source], [0], [0])
+    monkeypatch.setattr(evidence.facts.known, "has_source", lambda ids: np.zeros(np.shape(ids), bool))
+    turn = evidence.terms.index(f"match:{name}")
+    weight_PF = np.zeros_like(evidence.blend.weight_PF)
+    weight_PF[:, evidence.num_blocks + turn] = 1
+    monkeypatch.setattr(evidence, "blend", evidence.blend._replace(weight_PF=weight_PF))
+    prepared = evidence.prepare(asked)
+    unit_EF = blended_bundle.rows(evidence.units[name], np.arange(blended_bundle.num_entities)).astype(np.float64)
+    expected = unit_EF @ unit_EF[source] / SCALE**2
+    assert expected[source] > 0.9
+    expected[source] = 0
+    found = []
+    for part in range(blended_bundle.partition.num_shards):
+        first, last = blended_bundle.partition.bounds(part)
+        half = (last - first) // 2
+        for start, stop in ((0, half), (half, last - first)):
+            found += evidence._bias(prepared, part, start, first + start, stop - start)[0].tolist()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    ids = np.array([source, 3, 20])
+    np.testing.assert_allclose(_evidence_term(evidence, prepared, f"match:{name}", 0, ids), expected[ids], atol=1e-6)
