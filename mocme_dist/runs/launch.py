@@ -197,7 +197,7 @@ def _fit(config: Config, workers: int, folder: Path, task: str, arguments: dict[
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from mocme_dist.runs.ranks_on_ray import RanksConfig
+    from mocme_dist.runs.ranks_on_ray import RanksConfig, carry_functions_by_value
 
     launch = config.launch
     use_gpu = launch.gpus > 0
@@ -220,6 +220,7 @@ def _fit(config: Config, workers: int, folder: Path, task: str, arguments: dict[
         # Ray prints a page per lost worker, where the supervisor prints a line; Ray's log files still have it.
         logging_config=LoggingConfig(log_level="CRITICAL"),
     )
+    carry_functions_by_value()
     TorchTrainer(
         _ray_worker,
         train_loop_config=payload,

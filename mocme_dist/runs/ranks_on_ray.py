@@ -48,6 +48,29 @@ class RanksConfig(TorchConfig):
         return nullcontext
 
 
+class CarriedFunction:
+    """Brings the function of the workers to them by value, in place of Ray Train's reference to an object.
+
+    Ray's core ends a driver that owns objects of a lost raylet, with exit code 1 and within a tenth of a second: it
+    tries to recover them in a store that is gone. Without objects of its own the driver lives on, and `ray_loss` ends it.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def get(self) -> Callable[[], None]:
+        """Return the function."""
+        return self._function
+
+
+def carry_functions_by_value() -> None:
+    """Make trainers of this process use `CarriedFunction`; keeps Ray's reference where Ray has none under this name."""
+    from ray.train.v2.api import data_parallel_trainer
+
+    if hasattr(data_parallel_trainer, "ObjectRefWrapper"):
+        data_parallel_trainer.ObjectRefWrapper = CarriedFunction  # type: ignore[assignment,misc]
+
+
 class _Ranks(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         host, port = worker_group.execute_single(0, _listen)
