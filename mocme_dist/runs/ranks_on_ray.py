@@ -52,7 +52,7 @@ class CarriedFunction:
     """Brings the function of the workers to them by value, in place of Ray Train's reference to an object.
 
     Ray's core ends a driver that owns objects of a lost raylet, with exit code 1 and within a tenth of a second: it
-    tries to recover them in a store that is gone. Without objects of its own the driver lives on, and `ray_loss` ends it.
+    tries to recover them in a store that is gone. Without such objects the driver lives on, and `ray_loss` ends it.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
