@@ -29,7 +29,7 @@ demo: env
 
 # The whole suite: also what is marked ray, slow and gpu (the last skip where there is no accelerator).
 test: env
-	$(BIN)/python tools/check.py tests slow+ray
+	$(BIN)/python tools/check.py tests slow ray
 
 # Only what is unmarked: some minutes on two cores.
 test-unit: env
