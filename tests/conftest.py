@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,16 @@ import tiny_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+PIXELS = 1 << 28
 INSTRUCTION_SETS = ("DEFAULT", "AVX2", "AVX512")
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """Undo what a test leaves in the process for those after it: Pillow's limit of pixels."""
+    yield
+    if (image := sys.modules.get("PIL.Image")) is not None:
+        image.MAX_IMAGE_PIXELS = PIXELS
 
 
 def make_raw(folder: Path, num_entities: int = 60, seed: int = 0) -> Path:

@@ -109,14 +109,14 @@ import sys, time
 from mocme_dist.parallel.comm import communication
 print("here", flush=True)
 time.sleep(float(sys.argv[1]))
-with communication(5) as comm:
+with communication(20) as comm:
     print(comm.gather(comm.rank))
 """
 
 
 @contextmanager
 def late_rank_0(by_torchrun: bool) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two ranks, of which the first comes 7 seconds or more after the other to collectives of 5."""
+    """Two ranks, of which the first comes 24 seconds or more after the other to collectives of 20."""
     # Held until the end: the store may listen beside a socket that is only bound, and nobody else is given the port.
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -133,7 +133,7 @@ def late_rank_0(by_torchrun: bool) -> Iterator[list[subprocess.Popen[str]]]:
         agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     ranks = []
-    for rank, delay in (("1", "0"), ("0", "7")):
+    for rank, delay in (("1", "0"), ("0", "24")):
         command = [sys.executable, "-c", RANK, delay]
         ranks.append(subprocess.Popen(command, env={**env, "RANK": rank}, stdout=subprocess.PIPE, text=True))
         # A follower that is late itself on a busy machine would miss rank 0's collectives.

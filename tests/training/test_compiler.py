@@ -11,6 +11,7 @@ import sysconfig
 import pytest
 import torch
 from tiny_run import tiny_config
+from torch._inductor import cpp_builder
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import clear_caches
 
@@ -60,6 +61,10 @@ def test_a_compiler_that_fails_is_quoted_and_auto_goes_on_without(monkeypatch, t
             "about a hundred times slower"
         ]
     finally:
+        # torch remembers the compiler that it found, and what it could compile with it.
+        monkeypatch.undo()
+        cpp_builder.cpp_compiler_search.cache_clear()
+        clear_caches()
         compiler_fails.cache_clear()
         torch.compiler.reset()
 
