@@ -212,7 +212,7 @@ SHAPES = {
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_peak_is_within_20_percent_of_the_measured_one(planted, tmp_path, shape):
+def test_the_peak_is_within_15_percent_of_the_measured_one(planted, tmp_path, shape):
     world, settings = SHAPES[shape]
     # What is measured ranks by the model alone.
     settings = ["deepspeed.engine=torch", "evaluation.query_block=64", "evidence.spaces=[]", *settings]
@@ -225,9 +225,9 @@ def test_the_peak_is_within_20_percent_of_the_measured_one(planted, tmp_path, sh
     # What the allocator loses in gaps depends on how two threads take turns: one run is up to 8 % beside another. The
     # median of three runs decides, and the second and third are made only where the first one lies outside.
     found = [measure()]
-    if plan.peak / 2**20 != pytest.approx(found[0], rel=0.2):
+    if plan.peak / 2**20 != pytest.approx(found[0], rel=0.15):
         found += [measure(), measure()]
-    assert plan.peak / 2**20 == pytest.approx(statistics.median(found), rel=0.2), f"{found}; {plan.summary()}"
+    assert plan.peak / 2**20 == pytest.approx(statistics.median(found), rel=0.15), f"{found}; {plan.summary()}"
 
 
 @pytest.mark.slow
