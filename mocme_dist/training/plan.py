@@ -315,7 +315,7 @@ class Planner:
         vectors = requests.asked * D * 5 + (requests.wanted + requests.sent) * D * 2
         loss = queries * D * 8 + pools * D * 3 + queries * candidates * 7 * blocks
         if config.compile == "off":  # the plain form stores the differences to all candidates and their squares
-            loss += queries * candidates * D * 15 // 2
+            loss += queries * candidates * D * 13 // 2
         return 4 * (requests.asked * _numbers_per_entity(model, True) + vectors + loss)
 
     def _ranking_bytes(self, model: MoCME) -> int:
