@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +19,17 @@ import tiny_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
-PIXELS = 1 << 28
 INSTRUCTION_SETS = ("DEFAULT", "AVX2", "AVX512")
 
 
 @pytest.fixture(autouse=True)
-def process_as_before() -> Iterator[None]:
-    """Undo what a test leaves in the process for those after it: Pillow's limit of pixels."""
+def limit_of_pixels() -> Iterator[None]:
+    """Undo the limit that extraction in this process gives to Pillow for as long as the process lives."""
+    from PIL import Image
+
+    before = Image.MAX_IMAGE_PIXELS
     yield
-    if (image := sys.modules.get("PIL.Image")) is not None:
-        image.MAX_IMAGE_PIXELS = PIXELS
+    Image.MAX_IMAGE_PIXELS = before
 
 
 def make_raw(folder: Path, num_entities: int = 60, seed: int = 0) -> Path:

@@ -422,7 +422,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="number of faults; default 20")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their moments; default 0")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=12, help="75 steps each; default 12")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=120,
+        help="68 steps each; a stopped raylet lets the run make 2,000 more; default 120",
+    )
     parser.add_argument("--folder", type=Path, help="work there, and keep it; default: a temporary folder")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="mocme-soak-")) if args.folder is None else args.folder

@@ -32,9 +32,10 @@ EXPANSION_ALLOWANCE = 1 << 28
 
 
 class _Unpacked(io.RawIOBase):
-    """What a gzip file expands to; a bomb raises a `DataError`."""
+    """Raw stream of the bytes that a gzip file expands to; it refuses a bomb, and closes the file with itself."""
 
     def __init__(self, packed: BinaryIO, path: Path) -> None:
+        self._packed = packed
         self._file = gzip.GzipFile(fileobj=packed)
         self._path = path
         self._size = path.stat().st_size
@@ -55,13 +56,19 @@ class _Unpacked(io.RawIOBase):
             )
         return count
 
+    def close(self) -> None:
+        """Close the gzip file, too."""
+        if not self.closed:
+            self._file.close()
+            self._packed.close()
+        super().close()
+
 
 def unpack(packed: BinaryIO, path: Path) -> BinaryIO:
-    """Return a file that reads what the gzip file `packed`, opened at `path`, expands to; its reads raise:
+    """Return a file of the bytes that the gzip file `packed`, opened at `path`, expands to.
 
-    Raises:
-        DataError: it expands to more than any text would.
-        EOFError, OSError, zlib.error: it is cut or damaged.
+    Reading from it raises a `DataError` if it expands to more than any text would, and EOFError, OSError or zlib.error
+    if the gzip file is cut or damaged.
     """
     return io.BufferedReader(_Unpacked(packed, path), CHUNK_BYTES)
 

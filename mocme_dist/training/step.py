@@ -110,7 +110,7 @@ def pack_stats(stats: LossStats, mine_loss: Tensor) -> Tensor:
 
 
 class MicroBatch(NamedTuple):
-    """What a rank encodes and scores at once; its rows are a leaf, or ids if the engine holds the table."""
+    """Queries and entities that a rank handles at once; rows are a leaf, or ids if the engine holds the table."""
 
     rows_VD: Tensor
     entities: EntityInput
