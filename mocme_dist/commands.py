@@ -72,6 +72,24 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """Add the option --step, for commands that read a checkpoint of a run."""
+    parser.add_argument(
+        "--step",
+        type=_checkpoint_step,
+        default="auto",
+        metavar="STEP",
+        help="a checkpoint's step instead of the best one",
+    )
+
+
+def _checkpoint_step(text: str) -> str:
+    """Parse the argument of --step: "auto" or a number of steps."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a step number, got {text!r}")
+    return text
+
+
 def absolute(key: str, place: str) -> str:
     """Return the absolute path of a place that a command reads or writes; a URL unchanged.
 
@@ -102,13 +120,6 @@ def absolute(key: str, place: str) -> str:
             f"nodes see, as in {better}, or a URL"
         )
     return str(path.absolute())
-
-
-def checkpoint_step(text: str) -> str:
-    """Parse the argument of --step: "auto" or a number of steps."""
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a step number, got {text!r}")
-    return text
 
 
 def config_of(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:

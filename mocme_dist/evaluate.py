@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mocme_dist.cluster import leave_ray
-from mocme_dist.commands import add_trust, checkpoint_step, command_parser, run_command
+from mocme_dist.commands import add_step, add_trust, command_parser, run_command
 from mocme_dist.config.schema import MODALITIES
 from mocme_dist.console import print_result, reserve_stdout
 from mocme_dist.data.progress import Progress
@@ -46,13 +46,7 @@ def main() -> None:
     parser = command_parser("evaluate", DESCRIPTION)
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
-    parser.add_argument(
-        "--step",
-        type=checkpoint_step,
-        default="auto",
-        metavar="STEP",
-        help="a checkpoint's step instead of the best one",
-    )
+    add_step(parser)
     parser.add_argument(
         "--drop",
         action="append",

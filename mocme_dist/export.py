@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mocme_dist.commands import absolute, add_trust, checkpoint_step, command_parser, run_command
+from mocme_dist.commands import absolute, add_step, add_trust, command_parser, run_command
 from mocme_dist.console import print_result, reserve_stdout
 
 DESCRIPTION = """\
@@ -38,13 +38,7 @@ def main() -> None:
         default="float32",
         help="of a bundle's vectors; float16 halves size and time",
     )
-    parser.add_argument(
-        "--step",
-        type=checkpoint_step,
-        default="auto",
-        metavar="STEP",
-        help="a checkpoint's step instead of the best one",
-    )
+    add_step(parser)
     add_trust(parser)
     args = parser.parse_args()
 
