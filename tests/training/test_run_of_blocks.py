@@ -10,15 +10,18 @@ import pytest
 import torch
 from tiny_run import STEPS_PER_EPOCH, final_hashes, tiny_config
 
+from mocme_dist.config import Config
 from mocme_dist.errors import CheckpointError, Preempted
 from mocme_dist.evaluation.ranking import split_queries
 from mocme_dist.model.blocks import block_distances
 from mocme_dist.model.rotate import rotate
-from mocme_dist.parallel.comm import communication
+from mocme_dist.parallel.comm import Comm, communication
 from mocme_dist.runs.directory import RunDirectory
 from mocme_dist.runs.task import find, run_training
 from mocme_dist.training.build import build_worker, open_dataset
+from mocme_dist.training.checkpoint import Saved
 from mocme_dist.training.loop import restore
+from mocme_dist.training.worker import Worker
 
 # Three blocks of 8: structure, numbers, and the fused one.
 BLOCKS = (
@@ -46,6 +49,15 @@ def run_of_blocks(featured_dataset: Path, tmp_path_factory: pytest.TempPathFacto
     return folder / "run"
 
 
+def restored(config: Config, comm: Comm) -> tuple[Worker, Saved]:
+    """The worker of a run at its best checkpoint."""
+    worker = build_worker(config, open_dataset(config.data), comm)
+    saved = find(RunDirectory(config.run.dir), worker, "auto")
+    assert saved is not None
+    restore(worker, saved)
+    return worker, saved
+
+
 def test_a_resumed_run_ends_in_the_bits_of_an_undisturbed_one(run_of_blocks):
     assert final_hashes(run_of_blocks, LAST) == final_hashes(run_of_blocks.parent / "whole", LAST) != {}
 
@@ -53,10 +65,7 @@ def test_a_resumed_run_ends_in_the_bits_of_an_undisturbed_one(run_of_blocks):
 def test_ranks_are_those_of_the_sum_over_blocks(featured_dataset, run_of_blocks):
     config = tiny_config(featured_dataset, run_of_blocks, *BLOCKS)
     with communication(60) as comm:
-        worker = build_worker(config, open_dataset(config.data), comm)
-        saved = find(RunDirectory(config.run.dir), worker, "auto")
-        assert saved is not None
-        restore(worker, saved)
+        worker, _ = restored(config, comm)
         found = worker.evaluate("valid")
         z_ED = worker.encode_rows().z_rD
     assert worker.model.blocks == (3, 8) and z_ED.shape == (60, 24) and worker.table.width == 8
@@ -78,10 +87,7 @@ def test_ranks_are_those_of_the_sum_over_blocks(featured_dataset, run_of_blocks)
 def test_another_form_is_refused(featured_dataset, run_of_blocks):
     config = tiny_config(featured_dataset, run_of_blocks, *BLOCKS, "fusion.form=sum")
     with communication(60) as comm, pytest.raises(CheckpointError, match=r"fusion\.form blocks -> null"):
-        worker = build_worker(config, open_dataset(config.data), comm)
-        saved = find(RunDirectory(config.run.dir), worker, "auto")
-        assert saved is not None
-        restore(worker, saved)
+        restored(config, comm)
 
 
 def test_its_bundle_answers_and_takes_new_entities(featured_dataset, run_of_blocks, tmp_path):
@@ -93,10 +99,7 @@ def test_its_bundle_answers_and_takes_new_entities(featured_dataset, run_of_bloc
 
     config = tiny_config(featured_dataset, run_of_blocks, *BLOCKS)
     with communication(60) as comm:
-        worker = build_worker(config, open_dataset(config.data), comm)
-        saved = find(RunDirectory(config.run.dir), worker, "auto")
-        assert saved is not None
-        restore(worker, saved)
+        worker, saved = restored(config, comm)
         z_ED = worker.encode_rows().z_rD.numpy()
     export_bundle(RunRows(config, worker.dataset, saved), tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
